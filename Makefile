@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test test-long style clean
+
+demo: $(VENV)/built  ## distil a student on real data, about two minutes
+	$(BIN)/python examples/distill_digits.py
+
+test: $(VENV)/built  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/built  ## the same tests with many more random inputs
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+
+style: $(VENV)/installed  ## rewrite files to the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build demo_output kdfast/*.so *.egg-info
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchdistill==1.1.5
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@

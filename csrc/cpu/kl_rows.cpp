@@ -1,0 +1,228 @@
+// Compiled once per instruction set (setup.py: PER_LEVEL). See kl_rows.h for what is computed.
+// Memory: reads student and teacher once, writes the gradient once; scratch stays in cache.
+// Exponentials an element: 2; forward_hard 2 where T is 1, 2 or 4 (a power of one of them), else 3; js 2 and 2 logarithms.
+#include "cpu/kl_rows.h"
+
+#include "cpu/simd.h"
+
+namespace kdfast {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+template <class S> using ComputeOf = typename Compute<S>::type;
+
+KDFAST_INLINE int64_t block_length(int64_t classes, int64_t block) {
+  const int64_t left = classes - block * kBlock;
+  return left < kBlock ? left : kBlock;
+}
+
+// Calls body(i, whole) for each full vector of n elements and once for the rest: `whole` is a compile-time bool.
+struct Whole { static constexpr bool value = true; };
+struct Part { static constexpr bool value = false; };
+template <class C, class Body> KDFAST_INLINE void each_vector(int64_t n, const Body& body) {
+  constexpr int W = Simd<C>::width;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, Whole{});
+  if (i < n) body(i, Part{});
+}
+template <class Extent, class S, class C = ComputeOf<S>>
+KDFAST_INLINE Vec<C> read(Extent, const S* p, int64_t i, int64_t n, C fill) {
+  if constexpr (Extent::value) return load(p + i);
+  else return load_tail(p + i, n - i, fill);
+}
+template <class Extent, class S, class V> KDFAST_INLINE void write(Extent, S* p, int64_t i, int64_t n, V v) {
+  if constexpr (Extent::value) store(p + i, v);
+  else store_tail(p + i, n - i, v);
+}
+
+// Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
+template <class S> KDFAST_INLINE ComputeOf<S> block_max(const S* p, int64_t n) {
+  using C = ComputeOf<S>;
+  Vec<C> best = broadcast<C>(-kInfinity);
+  each_vector<C>(n, [&](int64_t i, auto extent) { best = max(read(extent, p, i, n, C(-kInfinity)), best); });
+  const C result = max_lanes<C>(best);
+  return result == -kInfinity ? C(0) : result;
+}
+
+// exp(x / T) to exp(x): by squaring where T is 1, 2 or 4, which is exact enough (x / T is) and cheaper.
+template <class C> KDFAST_INLINE Vec<C> hard_exponential(Vec<C> soft, Vec<C> x, C inverse_temperature) {
+  if (inverse_temperature == C(1)) return soft;
+  if (inverse_temperature == C(0.5)) return soft * soft;
+  if (inverse_temperature == C(0.25)) return (soft * soft) * (soft * soft);
+  return exp_nonpositive<C>(x);
+}
+
+template <Form form, class S>
+KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, int64_t n, const Row& row, ComputeOf<S>* keep_a,
+                                     ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
+  using C = ComputeOf<S>;
+  const C max_s = block_max(s, n), max_t = form == Form::student ? C(0) : block_max(t, n);
+  const C inverse_s = C(row.inverse_student), inverse_t = C(row.inverse_teacher);
+  Vec<C> sum_s{}, sum_t{}, cross{}, hard{}, logits{}, student_x{}, teacher_x{};
+  each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+    const Vec<C> shifted = read(extent, s, i, n, C(-kInfinity)) - max_s;
+    const Vec<C> x_s = shifted * inverse_s, e_s = exp_nonpositive<C>(x_s);
+    Vec<C> kept_b{};
+    sum_s += e_s;
+    if constexpr (form != Form::student) {
+      const Vec<C> x_t = (read(extent, t, i, n, C(-kInfinity)) - max_t) * inverse_t, e_t = exp_nonpositive<C>(x_t);
+      sum_t += e_t;
+      kept_b = e_t;
+      // An exponential of 0 adds 0 whatever the difference is: it may be inf - inf.
+      if constexpr (form == Form::reverse) {
+        kept_b = e_s == C(0) ? Vec<C>{} : x_s - x_t;
+        cross += e_s * kept_b;
+      } else if constexpr (form != Form::js) {
+        cross += e_t == C(0) ? Vec<C>{} : e_t * (x_t - x_s);
+      }
+      if constexpr (form == Form::standardized) {
+        student_x += e_s == C(0) ? Vec<C>{} : e_s * x_s;
+        teacher_x += e_t == C(0) ? Vec<C>{} : e_t * x_s;
+      }
+    }
+    if constexpr (form == Form::forward_hard) {
+      const Vec<C> e_hard = hard_exponential<C>(e_s, shifted, inverse_s);
+      hard += e_hard;
+      logits += read(extent, s, i, n, C(0));
+      if (keep_c) write(extent, keep_c, i, n, e_hard);
+    }
+    if (keep_a) {
+      write(extent, keep_a, i, n, e_s);
+      if constexpr (form != Form::student) write(extent, keep_b, i, n, kept_b);
+    }
+  });
+  constexpr bool has_teacher = form != Form::student, has_hard = form == Form::forward_hard;
+  constexpr bool has_cross = has_teacher && form != Form::js, has_x = form == Form::standardized;
+  return {double(max_s),
+          double(max_t),
+          sum_lanes<C>(sum_s),
+          has_teacher ? sum_lanes<C>(sum_t) : 0,
+          has_cross ? sum_lanes<C>(cross) : 0,
+          has_hard ? sum_lanes<C>(hard) : 0,
+          has_hard ? sum_lanes<C>(logits) : 0,
+          has_x ? sum_lanes<C>(student_x) : 0,
+          has_x ? sum_lanes<C>(teacher_x) : 0};
+}
+
+// Widened copy of a block with the holes that fall into it at -inf; false where none does.
+template <class S>
+bool punch(const S* p, int64_t begin, int64_t n, const int64_t* holes, int64_t num_holes, ComputeOf<S>* copy) {
+  using C = ComputeOf<S>;
+  bool any = false;
+  for (int64_t h = 0; h < num_holes; ++h) {
+    if (holes[h] < begin || holes[h] >= begin + n) continue;
+    if (!any) each_vector<C>(n, [&](int64_t i, auto extent) { write(extent, copy, i, n, read(extent, p, i, n, C(0))); });
+    any = true;
+    copy[holes[h] - begin] = C(-kInfinity);
+  }
+  return any;
+}
+
+template <Form form, class S>
+void stats(const Row& row, int64_t first, int64_t last, BlockStats* blocks, const Scratch& scratch) {
+  using C = ComputeOf<S>;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * kBlock, n = block_length(row.classes, block);
+    const S* s = static_cast<const S*>(row.student) + begin;
+    const S* t = static_cast<const S*>(row.teacher) + begin;
+    C* a = scratch.a ? static_cast<C*>(scratch.a) + begin : nullptr;
+    C* b = scratch.b ? static_cast<C*>(scratch.b) + begin : nullptr;
+    C* c = scratch.c ? static_cast<C*>(scratch.c) + begin : nullptr;
+    C student_copy[kBlock], teacher_copy[kBlock];
+    if (punch(s, begin, n, row.holes, row.num_holes, student_copy)) {
+      if constexpr (form != Form::student) punch(t, begin, n, row.holes, row.num_holes, teacher_copy);
+      blocks[block] = block_stats<form, C>(student_copy, teacher_copy, n, row, a, b, c);
+    } else {
+      blocks[block] = block_stats<form, S>(s, t, n, row, a, b, c);
+    }
+  }
+}
+
+template <Shape shape, class S>
+void grad(void* grad_row, const void* student_row, int64_t classes, int64_t first, int64_t last,
+          const Coefficients* blocks, const Scratch& scratch) {
+  using C = ComputeOf<S>;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * kBlock, n = block_length(classes, block);
+    S* g = static_cast<S*>(grad_row) + begin;
+    const S* s = static_cast<const S*>(student_row) + begin;
+    const C* a = static_cast<const C*>(scratch.a) + begin;
+    const C* b = static_cast<const C*>(scratch.b) + begin;
+    const C* c = static_cast<const C*>(scratch.c) + begin;
+    const C k = C(blocks[block].k), l = C(blocks[block].l), m = C(blocks[block].m), o = C(blocks[block].n);
+    each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+      const Vec<C> va = read(extent, a, i, n, C(0));
+      Vec<C> value = va * k;
+      if constexpr (shape == Shape::product) {
+        value = va == C(0) ? Vec<C>{} : value * (read(extent, b, i, n, C(0)) - l);
+      } else if constexpr (shape != Shape::one) {
+        value -= read(extent, b, i, n, C(0)) * l;
+        if constexpr (shape == Shape::hard) value += read(extent, c, i, n, C(0)) * m + o;
+        if constexpr (shape == Shape::standardized) value += read(extent, s, i, n, C(0)) * m + o;
+      }
+      write(extent, g, i, n, value);
+    });
+  }
+}
+
+// Mean, then squares around it: the one-pass formula cancels.
+template <class S> void moments(const void* logits, int64_t classes, int64_t first, int64_t last, Moments* blocks) {
+  using C = ComputeOf<S>;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t n = block_length(classes, block);
+    const S* p = static_cast<const S*>(logits) + block * kBlock;
+    Vec<C> sum{}, squares{};
+    each_vector<C>(n, [&](int64_t i, auto extent) { sum += read(extent, p, i, n, C(0)); });
+    const C mean = C(sum_lanes<C>(sum) / n);
+    each_vector<C>(n, [&](int64_t i, auto extent) {
+      const Vec<C> d = read(extent, p, i, n, mean) - mean;
+      squares += d * d;
+    });
+    blocks[block] = {double(n), double(mean), sum_lanes<C>(squares)};
+  }
+}
+
+template <class S>
+void mix(int64_t classes, int64_t first, int64_t last, double beta, const Coefficients* blocks, MixSums* sums,
+         const Scratch& scratch) {
+  using C = ComputeOf<S>;
+  const C teacher_share = C(beta), student_share = C(1 - beta);
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * kBlock, n = block_length(classes, block);
+    C* a = static_cast<C*>(scratch.a) + begin;
+    C* b = static_cast<C*>(scratch.b) + begin;
+    const C k = C(blocks[block].k), l = C(blocks[block].l);
+    Vec<C> student{}, teacher{};
+    each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+      const Vec<C> p_s = read(extent, a, i, n, C(0)) * k, p_t = read(extent, b, i, n, C(0)) * l;
+      const Vec<C> m = p_t * teacher_share + p_s * student_share;
+      // A class both sides underflow on has m = 0: its terms are 0. A NaN fails the comparison and stays.
+      const Vec<C> one = broadcast<C>(1);
+      const Vec<C> log_s = log_positive<C>(m == C(0) ? one : p_s / m), log_t = log_positive<C>(m == C(0) ? one : p_t / m);
+      student += p_s * log_s;
+      teacher += p_t * log_t;
+      write(extent, a, i, n, p_s);
+      write(extent, b, i, n, log_s);
+    });
+    sums[block] = {sum_lanes<C>(student), sum_lanes<C>(teacher)};
+  }
+}
+
+}  // namespace
+
+namespace KDFAST_LEVEL {
+#define KDFAST_STORAGES(function, choice) \
+  {function<choice, float>, function<choice, double>, function<choice, Half>, function<choice, BFloat16>}
+extern const KlKernels kl_kernels = {
+    {KDFAST_STORAGES(stats, Form::forward), KDFAST_STORAGES(stats, Form::forward_hard),
+     KDFAST_STORAGES(stats, Form::standardized), KDFAST_STORAGES(stats, Form::reverse), KDFAST_STORAGES(stats, Form::js),
+     KDFAST_STORAGES(stats, Form::student)},
+    {KDFAST_STORAGES(grad, Shape::one), KDFAST_STORAGES(grad, Shape::difference), KDFAST_STORAGES(grad, Shape::hard),
+     KDFAST_STORAGES(grad, Shape::standardized), KDFAST_STORAGES(grad, Shape::product)},
+    {moments<float>, moments<double>, moments<Half>, moments<BFloat16>},
+    {mix<float>, mix<double>, mix<Half>, mix<BFloat16>},
+};
+}  // namespace KDFAST_LEVEL
+
+}  // namespace kdfast

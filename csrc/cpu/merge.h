@@ -1,0 +1,73 @@
+// Blocks of a row to the row: sums relative to block maxima are brought to the row's maxima and added in block order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/kl_rows.h"
+
+namespace kdfast {
+
+// BlockStats of the whole row: x is now relative to the row's maxima.
+struct RowStats : BlockStats {
+  double inverse_student, inverse_teacher;
+
+  // What a block's e must be multiplied with to be relative to the row's maximum; 0 for a block of -inf.
+  double student_factor(const BlockStats& b) const {
+    return b.sum_student == 0 ? 0 : factor(student_shift(b));
+  }
+  double teacher_factor(const BlockStats& b) const {
+    return b.sum_teacher == 0 ? 0 : factor(teacher_shift(b));
+  }
+  double hard_factor(const BlockStats& b) const {
+    return b.sum_student == 0 ? 0 : factor(b.max_student - max_student);
+  }
+  // A row of one block, the common short one, needs no exponential.
+  static double factor(double shift) { return shift == 0 ? 1 : std::exp(shift); }
+  // x_row = x_block + shift
+  double student_shift(const BlockStats& b) const { return (b.max_student - max_student) * inverse_student; }
+  double teacher_shift(const BlockStats& b) const { return (b.max_teacher - max_teacher) * inverse_teacher; }
+  // log sum_v exp(logit * inverse), relative to the maximum
+  double log_ratio() const { return std::log(sum_student / sum_teacher); }
+};
+
+inline RowStats merge(const std::vector<BlockStats>& blocks, Form form, double inverse_student, double inverse_teacher) {
+  RowStats row{{-INFINITY, -INFINITY, 0, 0, 0, 0, 0, 0, 0}, inverse_student, inverse_teacher};
+  // A block whose logits are all -inf has sum 0 and says nothing about the maximum.
+  for (const BlockStats& b : blocks) {
+    if (b.sum_student != 0) row.max_student = std::max(row.max_student, b.max_student);
+    if (b.sum_teacher != 0) row.max_teacher = std::max(row.max_teacher, b.max_teacher);
+  }
+  for (const BlockStats& b : blocks) {
+    const double f_s = row.student_factor(b), f_t = row.teacher_factor(b);
+    const double shift_s = row.student_shift(b), shift_t = row.teacher_shift(b);
+    row.sum_student += f_s * b.sum_student;
+    row.sum_teacher += f_t * b.sum_teacher;
+    if (form == Form::reverse) {
+      if (f_s != 0) row.cross += f_s * (b.cross + b.sum_student * (shift_s - shift_t));
+    } else if (f_t != 0) {
+      row.cross += f_t * (b.cross + b.sum_teacher * (shift_t - shift_s));
+    }
+    if (form == Form::forward_hard) row.sum_hard += row.hard_factor(b) * b.sum_hard;
+    row.sum_logits += b.sum_logits;
+    if (form == Form::standardized) {
+      row.student_x += f_s * (b.student_x + b.sum_student * shift_s);
+      if (f_t != 0) row.teacher_x += f_t * (b.teacher_x + b.sum_teacher * shift_s);
+    }
+  }
+  return row;
+}
+
+inline Moments merge(const std::vector<Moments>& blocks) {
+  Moments row{0, 0, 0};
+  for (const Moments& b : blocks) {
+    const double count = row.count + b.count, delta = b.mean - row.mean;
+    row.squares += b.squares + delta * delta * row.count * b.count / count;
+    row.mean += delta * b.count / count;
+    row.count = count;
+  }
+  return row;
+}
+
+}  // namespace kdfast

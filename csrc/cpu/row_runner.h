@@ -1,0 +1,105 @@
+// Drives the kernels over the rows of a problem: rows shared by threads, or the blocks of a row where rows are few.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/merge.h"
+#include "cpu/rows.h"
+#include "cpu/scalar.h"
+
+namespace kdfast {
+
+// A thread is worth waking for about this many elements: 3 microseconds of work on a 2023 server core, what waking costs.
+constexpr int64_t kGrain = 4096;
+
+// Where gradients go and how losses are reduced: what every op of the family shares.
+enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, batchmean = 3 };
+
+struct Output {
+  Storage storage;
+  int64_t count, classes, kept;
+  Reduction reduction;
+  Rows grad;             // where the gradient goes; no data where none is wanted
+  const bool* mask;      // or null
+  const double* weight;  // or null
+  std::vector<double> loss;
+
+  double divisor() const {
+    const double rows = static_cast<double>(std::max<int64_t>(kept, 1));
+    return reduction == Reduction::mean ? rows * classes : reduction == Reduction::batchmean ? rows : 1;
+  }
+  double row_weight(int64_t r) const { return weight ? weight[r] : 1.0; }
+  bool wants_grad() const { return grad.data != nullptr; }
+  void* grad_row(int64_t r) const { return grad.row(r); }
+};
+
+// Scratch and block results of one thread (or of all, where they share a row).
+class Workspace {
+ public:
+  Workspace(int64_t classes, Storage storage, int kept)
+      : stats(num_blocks(classes)), coefficients(num_blocks(classes)), mixed(num_blocks(classes)),
+        moments(num_blocks(classes)), bytes_(classes * compute_size(storage)), memory_(new char[kept * bytes_]), kept_(kept) {}
+
+  Scratch scratch() const { return {part(0), part(1), part(2)}; }
+
+  std::vector<BlockStats> stats;
+  std::vector<Coefficients> coefficients;
+  std::vector<MixSums> mixed;
+  std::vector<Moments> moments;
+
+ private:
+  void* part(int i) const { return i < kept_ ? memory_.get() + i * bytes_ : nullptr; }
+
+  int64_t bytes_;
+  std::unique_ptr<char[]> memory_;
+  int kept_;
+};
+
+// body(first, last) over the blocks of a row, by all threads if `shared`.
+template <class Body> void each_block(int64_t classes, bool shared, const Body& body) {
+  const int64_t blocks = num_blocks(classes);
+  if (shared)
+    torch::stable::parallel_for(0, blocks, kGrain / kBlock, body);
+  else
+    body(0, blocks);
+}
+
+// row(r, workspace, shared) for every row that counts; the others get loss 0 and gradient 0 and are not read.
+template <class MakeWorkspace, class OneRow>
+void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& row) {
+  const auto run = [&](int64_t r, auto& workspace, bool shared) {
+    if (out.mask == nullptr || out.mask[r]) {
+      out.loss[r] = row(r, workspace, shared);
+      return;
+    }
+    out.loss[r] = 0;
+    if (out.wants_grad()) std::memset(out.grad_row(r), 0, out.classes * out.grad.element_size);
+  };
+  if (out.count < static_cast<int64_t>(torch::stable::get_num_threads())) {
+    auto workspace = make_workspace();
+    for (int64_t r = 0; r < out.count; ++r) run(r, workspace, true);
+    return;
+  }
+  torch::stable::parallel_for(0, out.count, std::max<int64_t>(1, kGrain / out.classes), [&](int64_t begin, int64_t end) {
+    auto workspace = make_workspace();
+    for (int64_t r = begin; r < end; ++r) run(r, workspace, false);
+  });
+}
+
+// The gradient for `needs_grad`: empty, or of the student's shape and backed by huge pages where it is large.
+torch::stable::Tensor make_grad(const torch::stable::Tensor& student, bool needs_grad);
+
+// Losses go to `loss`, gradients to `grad` (nowhere if it is empty); counts the rows `mask` keeps.
+Output make_output(const Rows& student, const torch::stable::Tensor& grad, const std::optional<torch::stable::Tensor>& mask,
+                   const std::optional<torch::stable::Tensor>& row_weight, int64_t reduction);
+
+// The row losses as `reduction` asks.
+torch::stable::Tensor reduced(const Output& out, const torch::stable::Tensor& student);
+
+}  // namespace kdfast

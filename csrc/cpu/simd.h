@@ -1,0 +1,220 @@
+// Vectors by the compiler's own vector extension: one source, as wide as the level it is compiled for.
+//
+// Everything here is in an unnamed namespace and inlined: a symbol shared between levels could be resolved by the
+// linker to the AVX-512 copy and fault on a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define KDFAST_INLINE inline __attribute__((always_inline))
+
+// Storage types of the half formats: their bits. Arithmetic happens in float.
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+template <class S> struct Compute { using type = float; };
+template <> struct Compute<double> { using type = double; };
+
+template <class C> struct Simd;
+
+template <> struct Simd<float> {
+  static constexpr int width = kVectorBytes / 4;
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t UInt __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+  // exp: x = n ln2 + r, |r| <= ln2 / 2; the magic number rounds to an integer in the low bits of the mantissa.
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float exp_floor = -87.33f;  // exp below it is not a normal number and becomes 0
+  static constexpr int terms = 7, log_terms = 5, mantissa = 23;
+  static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
+  static constexpr float smallest_normal = 0x1p-126f;
+  static constexpr int32_t bias = 127;
+};
+
+template <> struct Simd<double> {
+  static constexpr int width = kVectorBytes / 8;
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double exp_floor = -708.39;
+  static constexpr int terms = 13, log_terms = 11, mantissa = 52;
+  static constexpr int64_t sqrt_half_bits = 0x3fe6a09e667f3bcd;
+  static constexpr double smallest_normal = 0x1p-1022;
+  static constexpr int64_t bias = 1023;
+};
+
+template <class C> using Vec = typename Simd<C>::Vec;
+
+template <class C> KDFAST_INLINE Vec<C> broadcast(C value) { return value - Vec<C>{}; }
+
+template <class To, class From> KDFAST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Full vectors from and to memory of any alignment.
+template <class C> KDFAST_INLINE Vec<C> load(const C* p) {
+  Vec<C> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class C> KDFAST_INLINE void store(C* p, Vec<C> v) { std::memcpy(p, &v, sizeof(v)); }
+
+KDFAST_INLINE Simd<float>::UInt load_bits(const void* p) {
+  Simd<float>::Bits16 bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return __builtin_convertvector(bits, Simd<float>::UInt);
+}
+KDFAST_INLINE void store_bits(void* p, Simd<float>::UInt wide) {
+  const auto bits = __builtin_convertvector(wide, Simd<float>::Bits16);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+KDFAST_INLINE Vec<float> load(const BFloat16* p) { return bit_cast<Vec<float>>(load_bits(p) << 16); }
+
+KDFAST_INLINE void store(BFloat16* p, Vec<float> v) {
+  const auto bits = bit_cast<Simd<float>::UInt>(v);
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  store_bits(p, v == v ? rounded : rounded * 0 + 0x7fc0);           // a NaN must not round up into infinity
+}
+
+KDFAST_INLINE Vec<float> load(const Half* p) {
+  using UInt = Simd<float>::UInt;
+  const UInt bits = load_bits(p);
+  const UInt sign = (bits & 0x8000) << 16;
+  const UInt magnitude = (bits & 0x7fff) << 13;
+  // Exponent and mantissa are in place but for the bias: 2^112 moves it, and normalises subnormals on the way.
+  const auto finite = bit_cast<UInt>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const UInt special = magnitude | 0x7f800000;  // inf and NaN keep their mantissa
+  return bit_cast<Vec<float>>(((bits & 0x7c00) == 0x7c00 ? special : finite) | sign);
+}
+
+KDFAST_INLINE void store(Half* p, Vec<float> v) {
+  using UInt = Simd<float>::UInt;
+  const UInt bits = bit_cast<UInt>(v);
+  const UInt sign = (bits >> 16) & 0x8000;
+  const UInt magnitude = bits & 0x7fffffff;
+  // Normal halves: rebias, round to nearest even at bit 13 (may carry into the exponent, up to infinity).
+  const UInt normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal halves: adding 0.5 lets the float adder round at the right bit.
+  const UInt subnormal = bit_cast<UInt>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+  const UInt infinity = normal * 0 + 0x7c00, nan = normal * 0 + 0x7e00;
+  UInt half = magnitude < 0x38800000 ? subnormal : normal;  // below 2^-14
+  half = magnitude >= 0x477ff000 ? infinity : half;         // 65520 and up round to infinity
+  half = magnitude > 0x7f800000 ? nan : half;
+  store_bits(p, half | sign);
+}
+
+// `n` elements, 0 < n < width, the rest `fill`: keeps a row's tail on the same code path as its body.
+template <class S, class C> KDFAST_INLINE Vec<C> load_tail(const S* p, int64_t n, C fill) {
+  if (n < 1 || n >= Simd<C>::width) __builtin_unreachable();
+  S padded[Simd<C>::width] = {};
+  std::memcpy(padded, p, n * sizeof(S));
+  C wide[Simd<C>::width];
+  store(wide, load(padded));
+  for (int64_t i = n; i < Simd<C>::width; ++i) wide[i] = fill;
+  return load(wide);
+}
+template <class S, class V> KDFAST_INLINE void store_tail(S* p, int64_t n, V v) {
+  constexpr int64_t width = sizeof(V) / sizeof(typename Compute<S>::type);
+  if (n < 1 || n >= width) __builtin_unreachable();
+  S padded[width];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(S));
+}
+#if defined(__AVX512F__)
+// Masked memory operations: a short row is mostly tail, and the copies above cost more than its arithmetic.
+KDFAST_INLINE Vec<float> load_tail(const float* p, int64_t n, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p);
+}
+KDFAST_INLINE Vec<double> load_tail(const double* p, int64_t n, double fill) {
+  return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>((1u << n) - 1), p);
+}
+KDFAST_INLINE void store_tail(float* p, int64_t n, Vec<float> v) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+}
+KDFAST_INLINE void store_tail(double* p, int64_t n, Vec<double> v) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
+}
+#endif
+
+template <class V> KDFAST_INLINE V max(V a, V b) { return a > b ? a : b; }
+
+constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
+
+// exp(x) for x <= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py), 0 where the result is subnormal.
+template <class C> KDFAST_INLINE Vec<C> exp_nonpositive(Vec<C> x) {
+  using M = Simd<C>;
+  const Vec<C> floor = broadcast<C>(M::exp_floor);
+  const Vec<C> safe = x < floor ? floor : x;
+  const Vec<C> shifted = safe * C(1.4426950408889634074) + M::magic;
+  const Vec<C> n = shifted - M::magic;
+  const Vec<C> r = (safe - n * M::ln2_high) - n * M::ln2_low;
+  Vec<C> sum = broadcast<C>(C(inverse_factorial(M::terms)));  // Taylor series by Horner: sum r^k / k!
+#pragma GCC unroll 16
+  for (int k = M::terms - 1; k >= 0; --k) sum = sum * r + C(inverse_factorial(k));
+  const auto scale = (bit_cast<typename M::Int>(shifted) << M::mantissa) + (M::bias << M::mantissa);
+  const Vec<C> result = sum * bit_cast<Vec<C>>(scale);
+  return x < floor ? Vec<C>{} : result;
+}
+
+// log(x) for x >= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py). Below the smallest normal number,
+// 0 included, it is the logarithm of that: here x weighs the result, so the difference vanishes.
+template <class C> KDFAST_INLINE Vec<C> log_positive(Vec<C> x) {
+  using M = Simd<C>;
+  using Int = typename M::Int;
+  const Vec<C> smallest = broadcast<C>(M::smallest_normal);
+  const Vec<C> safe = x < smallest ? smallest : x;
+  // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2), keep the exponent.
+  const Int bits = bit_cast<Int>(safe);
+  const Int n = (bits - M::sqrt_half_bits) >> M::mantissa;
+  const Vec<C> f = bit_cast<Vec<C>>(bits - (n << M::mantissa)) - C(1);
+  // log(1 + f) = 2 atanh(z) = f - z (f - z^2 (2/3 + 2/5 z^2 + ...)), z = f / (2 + f): f itself is exact.
+  const Vec<C> z = f / (f + C(2)), z2 = z * z;
+  Vec<C> series = broadcast<C>(C(2.0 / (2 * M::log_terms + 1)));
+#pragma GCC unroll 16
+  for (int k = M::log_terms - 1; k >= 1; --k) series = series * z2 + C(2.0 / (2 * k + 1));
+  const Vec<C> exponent = __builtin_convertvector(n, Vec<C>);
+  const Vec<C> low = exponent * M::ln2_low - z * (f - z2 * series);
+  const Vec<C> result = exponent * M::ln2_high + (f + low);
+  return x == x ? result : x;
+}
+
+// Sum and maximum of the lanes, by halves.
+template <class C, class Combine> KDFAST_INLINE C fold_lanes(Vec<C> v, const Combine& combine) {
+  C lanes[Simd<C>::width];
+  store(lanes, v);
+#pragma GCC unroll 8
+  for (int half = Simd<C>::width / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+template <class C> KDFAST_INLINE double sum_lanes(Vec<C> v) {
+  return fold_lanes<C>(v, [](C a, C b) { return a + b; });
+}
+template <class C> KDFAST_INLINE C max_lanes(Vec<C> v) {
+  return fold_lanes<C>(v, [](C a, C b) { return a > b ? a : b; });
+}
+
+}  // namespace

@@ -1,0 +1,185 @@
+// topk_kl on the CPU: a stored teacher of k classes a row against the student's whole row. Formulas and the meaning of
+// `tail`: kdfast/reference/logits.py.
+// Memory: reads the student once and writes its gradient once; tail 'renormalize' reads only the k listed logits.
+// The listed classes are holes in the row, so that the rest's mass is a sum of its own and never a difference.
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/row_runner.h"
+
+namespace kdfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Tail : int64_t { drop = 0, bucket = 1, renormalize = 2 };
+constexpr int64_t kPadding = -100;
+
+struct StoredTeacher {
+  Tensor values, indices;  // contiguous (rows, k)
+  int64_t k;
+  Storage storage;
+  bool wide;  // int64 indices
+
+  double value(int64_t r, int64_t i) const { return load_scalar(values.data_ptr(), r * k + i, storage); }
+  int64_t index(int64_t r, int64_t i) const {
+    return wide ? static_cast<const int64_t*>(indices.data_ptr())[r * k + i]
+                : static_cast<const int32_t*>(indices.data_ptr())[r * k + i];
+  }
+  // What k rounded probabilities may leave of 1 - sum.
+  double rounding() const {
+    switch (storage) {
+      case Storage::float64: return k * std::numeric_limits<double>::epsilon();
+      case Storage::float32: return k * std::numeric_limits<float>::epsilon();
+      case Storage::float16: return k * 0x1p-10;
+      default: return k * 0x1p-7;
+    }
+  }
+};
+
+struct Options {
+  double temperature;
+  Tail tail;
+  bool logprobs;
+};
+
+double log_sum_exp(const std::vector<double>& x, double also = -INFINITY) {
+  double top = also;
+  for (double v : x) top = std::max(top, v);
+  if (top == -INFINITY) return -INFINITY;
+  double sum = std::exp(also - top);
+  for (double v : x) sum += std::exp(v - top);
+  return top + std::log(sum);
+}
+
+// log(1 - exp(x)) for x <= 0, by the formula that does not cancel on its side of log(1/2).
+double log1m_exp(double x) { return x > -M_LN2 ? std::log(-std::expm1(x)) : std::log1p(-std::exp(x)); }
+
+double kl_term(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (log_p - log_q); }
+
+// One row's listed classes.
+struct Listed {
+  std::vector<int64_t> classes;
+  std::vector<double> teacher, student;  // log p_t, and logits / T that become log p_s
+};
+
+class RowLoss {
+ public:
+  RowLoss(const Options& options, const Rows& student, const StoredTeacher& teacher, const Output& out)
+      : o_(options), student_(student), teacher_(teacher), out_(out), kernels_(KDFAST_SELECT_LEVEL(kl_kernels)) {}
+
+  Workspace make_workspace() const {
+    return Workspace(out_.classes, out_.storage, out_.wants_grad() && o_.tail != Tail::renormalize ? 1 : 0);
+  }
+
+  double operator()(int64_t r, Workspace& w, bool shared) const {
+    Listed listed = read(r);
+    const double weight = out_.row_weight(r), square = o_.temperature * o_.temperature;
+    // d/dz = T^2 / T, times what the reduction divides by
+    const double g = o_.temperature * weight / out_.divisor();
+    return square * weight *
+           (o_.tail == Tail::renormalize ? among_listed(r, listed, g) : against_row(r, listed, g, w, shared));
+  }
+
+ private:
+  Listed read(int64_t r) const {
+    Listed listed;
+    const bool soften = !o_.logprobs || o_.tail == Tail::renormalize;
+    for (int64_t i = 0; i < teacher_.k; ++i) {
+      const int64_t index = teacher_.index(r, i);
+      const double value = teacher_.value(r, i);
+      if (index == kPadding || value == -INFINITY) continue;
+      STD_TORCH_CHECK(index >= 0 && index < out_.classes, "kdfast::topk_kl: index ", index, " is not in [0, ", out_.classes, ")");
+      listed.classes.push_back(index);
+      listed.teacher.push_back(soften ? value / o_.temperature : value);
+      listed.student.push_back(load_scalar(student_.row(r), index, out_.storage) / o_.temperature);
+    }
+    if (soften) {
+      const double total = log_sum_exp(listed.teacher);
+      for (double& v : listed.teacher) v -= total;
+    }
+    return listed;
+  }
+
+  // Divergence of the listed classes, and their gradient `mass * p_s - p_t`.
+  double listed_terms(int64_t r, const Listed& listed, double log_sum, double mass, double g) const {
+    double divergence = 0;
+    for (size_t i = 0; i < listed.classes.size(); ++i) {
+      const double p = std::exp(listed.teacher[i]), log_q = listed.student[i] - log_sum;
+      divergence += kl_term(p, listed.teacher[i], log_q);
+      if (out_.wants_grad())
+        store_scalar(out_.grad_row(r), listed.classes[i], out_.storage, g * (mass * std::exp(log_q) - p));
+    }
+    return divergence;
+  }
+
+  double among_listed(int64_t r, const Listed& listed, double g) const {
+    if (out_.wants_grad()) std::memset(out_.grad_row(r), 0, out_.classes * out_.grad.element_size);
+    return listed.classes.empty() ? 0 : listed_terms(r, listed, log_sum_exp(listed.student), 1, g);
+  }
+
+  double against_row(int64_t r, const Listed& listed, double g, Workspace& w, bool shared) const {
+    const Row row{student_.row(r), nullptr, out_.classes, 1 / o_.temperature, 1 / o_.temperature, listed.classes.data(),
+                  static_cast<int64_t>(listed.classes.size())};
+    each_block(row.classes, shared, [&](int64_t first, int64_t last) {
+      kernels_.stats[static_cast<int>(Form::student)][static_cast<int>(out_.storage)](row, first, last, w.stats.data(),
+                                                                                      w.scratch());
+    });
+    const RowStats rest = merge(w.stats, Form::student, row.inverse_student, row.inverse_teacher);
+    const double log_rest = rest.sum_student == 0 ? -INFINITY : rest.max_student / o_.temperature + std::log(rest.sum_student);
+    const double log_sum = log_sum_exp(listed.student, log_rest);
+    double mass = 0, rest_teacher = 0, divergence = 0;
+    for (double v : listed.teacher) mass += std::exp(v);
+    if (o_.tail == Tail::bucket && row.num_holes < row.classes) {
+      const double log_mass = std::min(log_sum_exp(listed.teacher), 0.0), log_rest_teacher = log1m_exp(log_mass);
+      // What rounding leaves of 1 - mass is no mass: it would be infinitely far from a student that has none.
+      if (log_rest != -INFINITY || log_mass <= -teacher_.rounding()) {
+        rest_teacher = std::exp(log_rest_teacher);
+        divergence += kl_term(rest_teacher, log_rest_teacher, log_rest - log_sum);
+      }
+    }
+    mass += rest_teacher;
+    if (out_.wants_grad()) {
+      // An unlisted class: mass * p_s - rest_teacher * (its share of the rest), both multiples of the same e.
+      const double share = mass * std::exp(log_rest - log_sum) - rest_teacher;
+      for (size_t i = 0; i < w.stats.size(); ++i)
+        w.coefficients[i] = {rest.sum_student == 0 ? 0 : g * share * rest.student_factor(w.stats[i]) / rest.sum_student, 0, 0, 0};
+      each_block(row.classes, shared, [&](int64_t first, int64_t last) {
+        kernels_.grad[static_cast<int>(Shape::one)][static_cast<int>(out_.storage)](
+            out_.grad_row(r), row.student, row.classes, first, last, w.coefficients.data(), w.scratch());
+      });
+    }
+    return divergence + listed_terms(r, listed, log_sum, mass, g);
+  }
+
+  const Options& o_;
+  const Rows& student_;
+  const StoredTeacher& teacher_;
+  const Output& out_;
+  const KlKernels& kernels_;
+};
+
+std::tuple<Tensor, Tensor> topk_kl(const Tensor& student, const Tensor& teacher_values, const Tensor& teacher_indices,
+                                   std::optional<Tensor> mask, std::optional<Tensor> row_weight, double temperature,
+                                   int64_t tail, bool logprobs, int64_t reduction, bool needs_grad) {
+  const Rows rows = rows_of(student);
+  Tensor grad = make_grad(student, needs_grad);
+  Output out = make_output(rows, grad, mask, row_weight, reduction);
+  const Options options{temperature, static_cast<Tail>(tail), logprobs};
+  const StoredTeacher teacher{torch::stable::contiguous(teacher_values), torch::stable::contiguous(teacher_indices),
+                              teacher_values.size(teacher_values.dim() - 1), storage_of(teacher_values),
+                              teacher_indices.scalar_type() == ScalarType::Long};
+  const RowLoss loss(options, rows, teacher, out);
+  each_row(out, [&] { return loss.make_workspace(); }, loss);
+  return {reduced(out, student), grad};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("topk_kl", TORCH_BOX(&topk_kl)); }
+
+}  // namespace kdfast

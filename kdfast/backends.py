@@ -1,0 +1,133 @@
+"""Which backend runs an op: CPU kernels, Triton kernels, or the reference.
+
+``use('reference')`` (a context manager) or the environment variable ``KDFAST_BACKEND`` force one for the whole
+process; by default each op takes the fastest backend that can run the tensors at hand. ``python -m kdfast`` prints
+what that is and why anything is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kdfast import checks
+
+AUTO = "auto"
+REFERENCE = "reference"
+CPU = "cpu"
+NAMES = (AUTO, CPU, REFERENCE)
+
+# op -> backends that have a kernel for it, in order of preference; the reference has every op.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "kl": (CPU,),
+    "topk_kl": (CPU,),
+}
+
+try:
+    import kdfast._C  # noqa: F401  (registers torch.ops.kdfast)
+
+    _missing_extension = None
+except ImportError as error:
+    _missing_extension = f"the C++ extension is not built ({error})"
+
+
+def _from_environment() -> str:
+    name = os.environ.get("KDFAST_BACKEND", AUTO)
+    if name not in NAMES:
+        raise ValueError(f"environment variable KDFAST_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_forced = _from_environment()
+_warned: set[str] = set()
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Forces backend ``name`` inside the ``with`` block, for all threads; ``'auto'`` lifts an outer one.
+
+    Forcing a backend that cannot run the tensors raises; the reference can run everything.
+    """
+    global _forced
+    checks.check_option("backend", name, NAMES)
+    outer, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def extension_problem() -> str | None:
+    """Why the compiled extension is missing, or None where it is loaded."""
+    return _missing_extension
+
+
+def can_run(backend: str, op: str, device_type: str) -> tuple[bool, str]:
+    """Whether ``backend`` has a kernel of ``op`` for tensors on ``device_type``, and if not, why."""
+    if backend == REFERENCE:
+        return True, ""
+    if backend not in KERNELS.get(op, ()):
+        return False, f"{op} has no {backend} kernel"
+    if _missing_extension is not None:
+        return False, _missing_extension
+    if device_type != "cpu":
+        return False, f"the cpu backend runs on CPU tensors, these are on {device_type}"
+    return True, ""
+
+
+def select(op: str, tensor: Tensor) -> str:
+    """The backend that runs ``op`` on tensors like ``tensor``."""
+    device_type = tensor.device.type
+    if _forced != AUTO:
+        able, reason = can_run(_forced, op, device_type)
+        if not able:
+            raise RuntimeError(f"backend {_forced!r} was asked for but cannot run: {reason}")
+        return _forced
+    for backend in KERNELS.get(op, ()):
+        if can_run(backend, op, device_type)[0]:
+            return backend
+    if device_type == "cpu" and _missing_extension is not None and op in KERNELS:
+        _warn_once(f"kdfast runs the plain PyTorch reference on CPU tensors: {_missing_extension}")
+    return REFERENCE
+
+
+def has_kernel(op: str, tensor: Tensor, *, inplace_backward: bool = False) -> bool:
+    """Whether ``op`` runs a kernel on ``tensor``. Says so once where an option thereby loses its effect."""
+    if select(op, tensor) != REFERENCE:
+        return True
+    if inplace_backward:
+        _warn_once("inplace_backward=True saves no memory: the plain PyTorch reference runs here")
+    return False
+
+
+def cpu_level() -> str | None:
+    """The instruction set of the CPU kernels: 'avx512', 'avx2' or 'baseline'; None without the extension."""
+    return None if _missing_extension is not None else torch.ops.kdfast.cpu_level()
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """The instruction sets this binary holds and this processor runs, lowest first."""
+    return () if _missing_extension is not None else tuple(torch.ops.kdfast.cpu_levels().split(","))
+
+
+@contextmanager
+def use_cpu_level(name: str) -> Iterator[None]:
+    """Runs the CPU kernels at a lower instruction set, for tests and measurements."""
+    checks.check_option("cpu level", name, cpu_levels())
+    outer = torch.ops.kdfast.cpu_level()
+    torch.ops.kdfast.set_cpu_level(name)
+    try:
+        yield
+    finally:
+        torch.ops.kdfast.set_cpu_level(outer)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned and not torch.compiler.is_compiling():
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,440 @@
+"""Argument checks of the public functions: one place, one style of message.
+
+Every check names the argument, says what was given and what is allowed, and runs before any kernel.
+``TypeError`` is for the wrong kind of thing (not a tensor, not a float), ``ValueError`` for the wrong value
+(shape, device, range, unknown option). Both are what ``torch.nn.functional`` users expect to catch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """``tensor`` is a tensor of one of ``dtypes``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {_one_of(dtypes)}, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors live on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}: move one of them")
+
+
+def check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
+    """Student and teacher are floating-point tensors of one dtype on one device."""
+    check_tensor(student_name, student)
+    check_tensor(teacher_name, teacher)
+    if student.dtype != teacher.dtype:
+        raise TypeError(
+            f"{student_name} and {teacher_name} must have the same dtype, got {student.dtype} and {teacher.dtype}"
+        )
+    check_same_device(teacher_name, teacher, student_name, student)
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Logits (…, V): same shape, at least one class."""
+    check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
+    student_shape, teacher_shape = student_logits.shape, teacher_logits.shape
+    if len(student_shape) == 0:
+        raise ValueError("student_logits must have shape (..., V), got a tensor without dimensions")
+    if student_shape != teacher_shape:
+        if student_shape[:-1] == teacher_shape[:-1]:
+            raise ValueError(
+                f"student_logits has {student_shape[-1]} classes but teacher_logits has {teacher_shape[-1]}: slice "
+                "both to the classes they share (logits[..., :V]), or pad the smaller one with float('-inf')"
+            )
+        raise ValueError(
+            f"student_logits and teacher_logits must have the same shape, got {tuple(student_shape)} "
+            f"and {tuple(teacher_shape)}"
+        )
+    if student_shape[-1] == 0:
+        raise ValueError(f"student_logits must have at least one class, got shape {tuple(student_shape)}")
+
+
+def check_features(
+    student: Tensor, teacher: Tensor, *, same_width: bool = False, names: tuple[str, str] = ("student", "teacher")
+) -> None:
+    """Features (N, …) of the same N; with ``same_width`` also of the same trailing shape."""
+    check_pair(names[0], student, names[1], teacher)
+    for name, tensor in zip(names, (student, teacher), strict=True):
+        check_rows(name, tensor)
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same number of rows, got {student.shape[0]} and "
+            f"{teacher.shape[0]}"
+        )
+    if same_width and student.shape != teacher.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same shape, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}: put an adapter (for example nn.Linear) on the student's side"
+        )
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Features (N, …) on their own."""
+    check_tensor(name, tensor)
+    if tensor.dim() < 2:
+        raise ValueError(f"{name} must have shape (N, ...) with at least 2 dimensions, got {tuple(tensor.shape)}")
+
+
+def check_keys(keys: Tensor, features: Tensor, include_self: bool) -> None:
+    """Keys (M, …) that features (N, …) can be compared with."""
+    check_pair("features", features, "keys", keys)
+    check_rows("keys", keys)
+    if keys.shape[1:] != features.shape[1:]:
+        raise ValueError(
+            f"keys must have rows of shape {tuple(features.shape[1:])} like features, got {tuple(keys.shape[1:])}"
+        )
+    if include_self:
+        raise ValueError("include_self=True has no meaning with keys: no row of features is among them")
+
+
+def check_sequences(student: Tensor, teacher: Tensor, *, min_length: int) -> None:
+    """Sequences (N, L, D) of the same N and L >= ``min_length``; widths may differ."""
+    check_pair("student", student, "teacher", teacher)
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must have shape (N, L, D), got {tuple(tensor.shape)}")
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student and teacher must have the same N and L, got {tuple(student.shape[:2])} and "
+            f"{tuple(teacher.shape[:2])}"
+        )
+    if student.shape[1] < min_length:
+        raise ValueError(f"sequences must have length L >= {min_length}, got {student.shape[1]}")
+
+
+def check_maps(student_maps: Tensor, teacher_maps: Tensor) -> None:
+    """Feature maps (N, C, H, W) of the same N, with at least one channel and one pixel each."""
+    check_pair("student_maps", student_maps, "teacher_maps", teacher_maps)
+    for name, maps in (("student_maps", student_maps), ("teacher_maps", teacher_maps)):
+        if maps.dim() != 4:
+            raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(maps.shape)}")
+        if 0 in maps.shape[1:]:
+            raise ValueError(f"{name} must have at least one channel and one pixel, got shape {tuple(maps.shape)}")
+    if student_maps.shape[0] != teacher_maps.shape[0]:
+        raise ValueError(
+            "student_maps and teacher_maps must have the same number of samples, got "
+            f"{student_maps.shape[0]} and {teacher_maps.shape[0]}"
+        )
+
+
+def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
+    """``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {_one_of([repr(option) for option in allowed])}, got {value!r}")
+
+
+def check_reduction(reduction: str, allowed: Sequence[str] = REDUCTIONS) -> None:
+    """``reduction`` is one of ``allowed``."""
+    if reduction not in allowed:
+        check_option("reduction", reduction, allowed)
+
+
+def check_number(name: str, value: float) -> None:
+    """``value`` is a finite Python number (a tensor would need a device sync)."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # math.isfinite would break the graph of torch.compile
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """``value`` is a finite Python number above 0."""
+    check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def check_temperature(temperature: float) -> None:
+    """The temperature is finite and above 0."""
+    check_positive("temperature", temperature)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """``value`` lies in [0, 1]."""
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+def check_non_negative(name: str, value: float) -> None:
+    """``value`` is a finite Python number of at least 0."""
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_mask(mask: Tensor | None, shape: Sequence[int], like: Tensor, name: str = "mask") -> None:
+    """``mask`` is None or a bool tensor of ``shape`` on the device of ``like``."""
+    if mask is None:
+        return
+    check_tensor(name, mask, (torch.bool,))
+    _check_shape(name, mask, shape)
+    check_same_device(name, mask, "the student", like)
+
+
+def check_feature_mask(mask: Tensor | None, like: Tensor) -> None:
+    """``mask`` is None or a bool tensor, one value a row of ``like`` or one an element, on its device."""
+    if mask is None:
+        return
+    check_tensor("mask", mask, (torch.bool,))
+    if mask.shape not in (like.shape, like.shape[:1]):
+        raise ValueError(
+            f"mask must have shape {_one_of([tuple(like.shape[:1]), tuple(like.shape)])}, got {tuple(mask.shape)}"
+        )
+    check_same_device("mask", mask, "the student", like)
+
+
+def check_row_weight(row_weight: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    """``row_weight`` is None or a float tensor of ``shape`` on the device of ``like``."""
+    if row_weight is None:
+        return
+    check_tensor("row_weight", row_weight)
+    _check_shape("row_weight", row_weight, shape)
+    check_same_device("row_weight", row_weight, "the student", like)
+
+
+def check_labels(
+    labels: Tensor,
+    shape: Sequence[int],
+    like: Tensor,
+    *,
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+    like_name: str = "the student",
+) -> None:
+    """``labels`` is an int64 tensor of ``shape``; on the CPU its values are checked against ``num_classes`` too.
+
+    On a GPU reading the values would wait for the device, and under ``torch.compile`` they are not known:
+    there a label out of range is a device-side assertion in the reference and undefined in the kernels.
+    """
+    check_tensor("labels", labels, (torch.int64,))
+    _check_shape("labels", labels, shape)
+    check_same_device("labels", labels, like_name, like)
+    if num_classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    out_of_range = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        out_of_range &= labels != ignore_index
+    if bool(out_of_range.any()):
+        bad = labels[out_of_range][0].item()
+        also = "" if ignore_index is None else f", or be ignore_index={ignore_index}"
+        raise ValueError(f"labels must lie in [0, {num_classes}){also}, got {bad}")
+
+
+def check_count(name: str, value: int, lower: int) -> None:
+    """``value`` is an int of at least ``lower``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < lower:
+        raise ValueError(f"{name} must be at least {lower}, got {value}")
+
+
+def check_sparse_teacher(
+    student_logits: Tensor, teacher_values: Tensor, teacher_indices: Tensor, mask: Tensor | None, padding_index: int
+) -> None:
+    """A stored teacher (…, k) and the mask (…) fit the student's (…, V); no class out of range or twice, on the CPU.
+
+    Entries with ``padding_index`` or value -inf, and rows ``mask`` drops, may hold anything.
+    """
+    check_logits(student_logits, student_logits)  # no dense teacher here: the student against itself
+    check_mask(mask, student_logits.shape[:-1], student_logits)
+    check_tensor("teacher_values", teacher_values)
+    check_tensor("teacher_indices", teacher_indices, (torch.int32, torch.int64))
+    if teacher_values.dim() == 0 or teacher_values.shape[:-1] != student_logits.shape[:-1]:
+        raise ValueError(
+            f"teacher_values must have shape (..., k) with the leading shape {tuple(student_logits.shape[:-1])} of "
+            f"student_logits, got {tuple(teacher_values.shape)}"
+        )
+    _check_shape("teacher_indices", teacher_indices, teacher_values.shape)
+    num_classes = student_logits.shape[-1]
+    check_k(teacher_values.shape[-1], num_classes, "V")
+    check_same_device("teacher_values", teacher_values, "student_logits", student_logits)
+    check_same_device("teacher_indices", teacher_indices, "student_logits", student_logits)
+    if teacher_indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    listed = (teacher_indices != padding_index) & (teacher_values != -math.inf)
+    if mask is not None:
+        listed &= mask.unsqueeze(-1)
+    out_of_range = listed & ((teacher_indices < 0) | (teacher_indices >= num_classes))
+    if bool(out_of_range.any()):
+        bad = teacher_indices[out_of_range][0].item()
+        raise ValueError(f"teacher_indices must lie in [0, {num_classes}), or be {padding_index} (padding), got {bad}")
+    ordered = teacher_indices.masked_fill(~listed, -1).sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(twice.any()):
+        bad = ordered[..., 1:][twice][0].item()
+        raise ValueError(f"teacher_indices must not list a class twice in a row, got {bad} more than once")
+
+
+def check_topk_options(values: str, temperature: float, tail: str) -> None:
+    """The options of a stored teacher go together: stored log-probabilities already have their temperature."""
+    check_option("values", values, ("logits", "logprobs"))
+    check_option("tail", tail, ("drop", "bucket", "renormalize"))
+    check_temperature(temperature)
+    if tail == "bucket" and values != "logprobs":
+        raise ValueError(
+            "tail='bucket' needs values='logprobs', got values='logits': k logits do not say how much mass the rest has"
+        )
+    if values == "logprobs" and tail != "renormalize" and temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 for values='logprobs' with tail={tail!r}, got {temperature}: log-probabilities "
+            "cannot be softened without the classes that were not stored (tail='renormalize' can)"
+        )
+
+
+def check_projection(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``hidden`` (…, H), ``weight`` (V, H) and ``bias`` (V,) of one side form logits."""
+    check_tensor(f"{side}_hidden", hidden)
+    if hidden.dim() == 0:
+        raise ValueError(f"{side}_hidden must have shape (..., H), got a tensor without dimensions")
+    check_tensor(f"{side}_weight", weight)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{side}_weight must have shape (V, H) with at least one class, got {tuple(weight.shape)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}_weight must have shape (V, H) with the H = {hidden.shape[-1]} of {side}_hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_tensor(f"{side}_bias", bias)
+        _check_shape(f"{side}_bias", bias, weight.shape[:1])
+    for name, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if tensor is None:
+            continue
+        check_same_device(name, tensor, f"{side}_hidden", hidden)
+        # autocast brings them to one dtype itself
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{name} and {side}_hidden must have the same dtype, got {tensor.dtype} and {hidden.dtype}")
+
+
+def check_projection_pair(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    """Two checked projections form logits of one shape."""
+    check_pair("student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            f"student_hidden and teacher_hidden must have the same leading shape, got {tuple(student_hidden.shape)} "
+            f"and {tuple(teacher_hidden.shape)}"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"student_weight has {student_weight.shape[0]} classes but teacher_weight has {teacher_weight.shape[0]}: "
+            "slice both to the classes they share (weight[:V])"
+        )
+
+
+def check_mixed_reduction(reduction: str) -> None:
+    """A loss that adds cross-entropy to a divergence has no 'mean'."""
+    if reduction == "mean":
+        raise ValueError(
+            "reduction must be 'none', 'sum' or 'batchmean', got 'mean': it would divide the divergence by the number "
+            "of classes and the cross-entropy not"
+        )
+    check_reduction(reduction, ("none", "sum", "batchmean"))
+
+
+def check_alpha_without_labels(alpha: float) -> None:
+    """Without labels there is no cross-entropy for ``1 - alpha`` to weigh."""
+    if alpha != 1:
+        raise ValueError(f"alpha must be 1 without labels, got {alpha}: 1 - alpha weighs the cross-entropy with them")
+
+
+def check_has_other_classes(student_logits: Tensor) -> None:
+    """There is a class besides the target."""
+    if student_logits.shape[-1] < 2:
+        raise ValueError(
+            f"student_logits must have at least 2 classes, a target and others, got shape {tuple(student_logits.shape)}"
+        )
+
+
+def check_inplace_backward(inplace_backward: bool, student_logits: Tensor) -> None:
+    """The storage of ``student_logits`` can hold its gradient."""
+    if not inplace_backward:
+        return
+    if student_logits.dtype == torch.float16:
+        raise ValueError(
+            "inplace_backward=True writes the gradient before the loss scale is known, which float16 is too narrow "
+            "for: use bfloat16, or inplace_backward=False"
+        )
+    if not student_logits.is_contiguous():
+        raise ValueError("inplace_backward=True needs contiguous student_logits, got a strided or expanded view")
+
+
+def check_sample_weight(sample_weight: Tensor | None, num_samples: int) -> None:
+    """``sample_weight`` is None or one finite weight above 0 for each of ``num_samples``."""
+    if sample_weight is None:
+        return
+    check_tensor("sample_weight", sample_weight)
+    _check_shape("sample_weight", sample_weight, (num_samples,))
+    bad = ~(sample_weight.isfinite() & (sample_weight > 0))
+    if bool(bad.any()):
+        raise ValueError(f"sample_weight must be finite and greater than 0, got {sample_weight[bad][0].item()}")
+
+
+def check_projected(name: str, features: Tensor, weight: Tensor) -> None:
+    """``features`` (N, …) have the width and the device of the layer with ``weight`` (out, width)."""
+    check_rows(name, features)
+    width = features.shape[1:].numel()
+    if width != weight.shape[1]:
+        raise ValueError(f"{name} must have {name}_dim = {weight.shape[1]} features a row, got {width}")
+    check_same_device(name, features, f"{name}_projection", weight)
+
+
+def check_contrast(
+    student: Tensor, teacher: Tensor, indices: Tensor, negatives: Tensor | None, num_samples: int
+) -> None:
+    """Features of N rows; ``indices`` (N,) and ``negatives`` (N, K) are positions among ``num_samples``."""
+    check_features(student, teacher)
+    check_tensor("indices", indices, (torch.int64,))
+    _check_shape("indices", indices, student.shape[:1])
+    _check_positions("indices", indices, num_samples, student)
+    if negatives is None:
+        return
+    check_tensor("negatives", negatives, (torch.int64,))
+    if negatives.dim() != 2 or negatives.shape[0] != student.shape[0] or negatives.shape[1] == 0:
+        raise ValueError(
+            f"negatives must have shape (N, K) with N = {student.shape[0]} and K >= 1, got {tuple(negatives.shape)}"
+        )
+    _check_positions("negatives", negatives, num_samples, student)
+
+
+def check_k(k: int, upper: int, upper_name: str) -> None:
+    """``k`` is an int in [1, upper]."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= upper:
+        raise ValueError(f"k must be between 1 and {upper_name} = {upper}, got {k}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def _check_positions(name: str, positions: Tensor, count: int, like: Tensor) -> None:
+    """``positions`` lie in [0, count), which only the CPU can tell without waiting for the device."""
+    check_same_device(name, positions, "the student", like)
+    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    out_of_range = (positions < 0) | (positions >= count)
+    if bool(out_of_range.any()):
+        raise ValueError(f"{name} must lie in [0, {count}), got {positions[out_of_range][0].item()}")
+
+
+def _one_of(options: Sequence[object]) -> str:
+    words = [str(option) for option in options]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,57 @@
+"""What users call: every public function checks its arguments, picks a backend and reduces."""
+
+from kdfast.functional.features import (
+    attention_transfer_loss,
+    feature_mse_loss,
+    kernel_alignment_loss,
+    pkt_loss,
+)
+from kdfast.functional.logits import (
+    dist_loss,
+    dkd_loss,
+    js_divergence,
+    kd_loss,
+    kl_divergence,
+    linear_kl_divergence,
+    standardized_kl_divergence,
+    topk_kl_divergence,
+)
+from kdfast.functional.relations import (
+    CRDLoss,
+    SimilarityGraph,
+    crd_loss,
+    graph_distillation_loss,
+    hardest_negatives,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    rkd_loss,
+    rkd_sequence_angle_loss,
+    similarity_graph,
+    similarity_preserving_loss,
+)
+
+__all__ = [
+    "CRDLoss",
+    "SimilarityGraph",
+    "attention_transfer_loss",
+    "crd_loss",
+    "dist_loss",
+    "dkd_loss",
+    "feature_mse_loss",
+    "graph_distillation_loss",
+    "hardest_negatives",
+    "js_divergence",
+    "kd_loss",
+    "kernel_alignment_loss",
+    "kl_divergence",
+    "linear_kl_divergence",
+    "pkt_loss",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
+    "rkd_loss",
+    "rkd_sequence_angle_loss",
+    "similarity_graph",
+    "similarity_preserving_loss",
+    "standardized_kl_divergence",
+    "topk_kl_divergence",
+]

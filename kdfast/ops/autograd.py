@@ -1,0 +1,87 @@
+"""What the autograd functions of all ops share.
+
+The gradient of a row loss with respect to the student's logits is closed form, so forward writes it at once, for
+grad_output 1: student and teacher are read once and the gradient is written once. Backward multiplies by grad_output,
+and has nothing to do where that is 1. Two cases run the kernel again in backward instead, with grad_output folded in:
+``reduction='none'``, where a scaled copy moves as many bytes, and float16, whose range a gradient that has not yet
+been multiplied by the loss scale would leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
+
+# Schemas are defined from Python, so that ops exist where the C++ extension does not.
+LIBRARY = torch.library.Library("kdfast", "FRAGMENT")
+
+
+def loss_like(student: Tensor, reduction: int) -> Tensor:
+    """An empty loss: float32 for half types, one value a row for 'none'."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return student.new_empty(student.shape[:-1] if reduction == REDUCTIONS["none"] else (), dtype=dtype)
+
+
+class RowLoss(torch.autograd.Function):
+    """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, *tensors: Tensor | None) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        recompute = options.reduction == REDUCTIONS["none"] or student.dtype == torch.float16
+        loss, grad = op(student, *tensors, *options, needs_grad and not recompute)
+        ctx.op, ctx.options, ctx.recompute, ctx.inputs = op, options, recompute, 3 + len(tensors)
+        if needs_grad:
+            ctx.save_for_backward(*((student, *tensors) if recompute else (grad,)))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output = grad_output.detach()
+        if ctx.recompute:
+            student, *tensors, row_weight = ctx.saved_tensors
+            weight = grad_output.double().expand(student.shape[:-1])
+            weight = (weight if row_weight is None else weight * row_weight).contiguous()
+            grad = ctx.op(student.detach(), *tensors, weight, *ctx.options, True)[1]
+        else:
+            grad = _scaled(ctx.saved_tensors[0], grad_output)
+        return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
+
+
+def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+    """``grad * grad_output`` in the dtype of ``grad``; in place where no later backward can ask for ``grad`` again."""
+    if torch.compiler.is_compiling():
+        return (grad * grad_output).to(grad.dtype)
+    if grad_output.device.type == "cpu" and grad_output.item() == 1:
+        return grad
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return (grad * grad_output).to(grad.dtype)
+    return grad.mul_(grad_output)
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        raise RuntimeError(
+            "kdfast losses can be differentiated once: double backward needs kdfast.backends.use('reference')"
+        )
+
+
+def differentiable_once(grad: Tensor) -> Tensor:
+    """``grad`` as backward returns it; under ``create_graph=True`` differentiating it raises instead of giving 0.
+
+    ``torch.autograd.function.once_differentiable`` raises only where grad_output requires a gradient, which the
+    grad_output of a scalar loss does not.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _RefuseSecondDerivative.apply(grad.detach().requires_grad_())
+    return grad

@@ -1,0 +1,105 @@
+"""Schema, fake kernel and options of ``torch.ops.kdfast.kl``: every loss on full rows of logits.
+
+How backward works: kdfast/ops/autograd.py; here is only its in-place form.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, differentiable_once, loss_like
+
+KINDS = {"forward": 0, "reverse": 1, "js": 2, "dkd": 3, "standardized": 4}
+
+
+class Options(NamedTuple):
+    """The op's arguments that are not tensors."""
+
+    temperature: float
+    kind: int
+    scale: float  # of the divergence
+    alpha: float = 1.0  # dkd: weight of the target's share
+    beta: float = 0.5  # js: the teacher's share of the mixture; dkd: weight of the other classes
+    ce_weight: float = 0.0  # forward only: adds this much cross-entropy at T = 1; no labels: the teacher's argmax
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    reduction: int = REDUCTIONS["batchmean"]
+
+
+_ARGUMENTS = (
+    "Tensor teacher, Tensor? labels, Tensor? mask, Tensor? row_weight, float temperature, int kind, float scale, "
+    "float alpha, float beta, float ce_weight, float label_smoothing, int ignore_index, int reduction"
+)
+# The loss, and its gradient for grad_output 1 (empty unless needs_grad).
+LIBRARY.define(f"kl(Tensor student, {_ARGUMENTS}, bool needs_grad) -> (Tensor, Tensor)")
+# The same with the gradient written over the student.
+LIBRARY.define(f"kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
+
+
+@torch.library.register_fake("kdfast::kl", lib=LIBRARY)
+def _kl_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, needs_grad = arguments
+    return loss_like(student, reduction), student.new_empty(student.shape if needs_grad else (0,))
+
+
+@torch.library.register_fake("kdfast::kl_", lib=LIBRARY)
+def _kl_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
+    return loss_like(student, arguments[-1])
+
+
+class _KLInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        row_weight: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return torch.ops.kdfast.kl.default(student, teacher, labels, mask, row_weight, *options, False)[0]
+        loss = torch.ops.kdfast.kl_.default(student.detach(), teacher, labels, mask, row_weight, *options)
+        if not torch.compiler.is_compiling():  # a traced write bumps the version by itself
+            torch.autograd.graph.increment_version(student)  # whoever else saved the logits for backward will be told
+        ctx.save_for_backward(student)
+        ctx.spent = False
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "inplace_backward=True keeps one gradient, in the storage of student_logits, and it has been used: "
+                "a second backward needs inplace_backward=False"
+            )
+        ctx.spent = True
+        grad = ctx.saved_tensors[0].detach()
+        if grad_output.dim() > 0:
+            grad_output = grad_output.unsqueeze(-1)
+        return differentiable_once(grad.mul_(grad_output.detach())), None, None, None, None, None
+
+
+def kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    options: Options,
+    *,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """The loss ``options`` describe; arguments are already checked."""
+    teacher_logits = teacher_logits.detach()
+    labels = None if labels is None else labels.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    row_weight = None if row_weight is None else row_weight.detach().double().contiguous()
+    if inplace_backward:
+        return _KLInplace.apply(student_logits, teacher_logits, labels, mask, row_weight, options)
+    op = torch.ops.kdfast.kl.default
+    return RowLoss.apply(student_logits, op, options, teacher_logits, labels, mask, row_weight)

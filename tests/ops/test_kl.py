@@ -1,0 +1,386 @@
+"""What is particular to the kl and topk_kl kernels: instruction sets, threads, layouts, long rows, the backward."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import kdfast
+from kdfast import backends
+from kdfast.ops import kl, topk_kl
+from samples import SAMPLES
+from support import DTYPES, LAYOUTS, assert_parity, sample_inputs
+
+pytestmark = pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
+
+DIRECTIONS = ("forward", "reverse")
+# The block of the kernel is 2048 classes; vectors are up to 16 floats: below, at and just above each.
+WIDTHS = (1, 2, 15, 16, 17, 100, 2047, 2048, 2049, 6000)
+
+
+def pair(*shape: int, scale: float = 3.0, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        for name in ("student_logits", "teacher_logits")
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_every_instruction_set_agrees_with_the_reference(level, direction, dtype):
+    with backends.use_cpu_level(level):
+        for seed, width in enumerate(WIDTHS):
+            options = {"direction": direction, "temperature": 2.0}
+            assert_parity("kl_divergence", pair(3, width, seed=seed), options, dtype, seed=seed)
+
+
+FUNCTIONS = (
+    "kl_divergence",
+    "js_divergence",
+    "kd_loss",
+    "dkd_loss",
+    "standardized_kl_divergence",
+    "topk_kl_divergence",
+)
+
+
+@pytest.mark.parametrize("level", backends.cpu_levels())
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_keeps_the_rule_at_every_instruction_set(name, level):
+    """Options, masks, weights, reductions and layouts drawn at random, widths around vectors and blocks."""
+    with backends.use_cpu_level(level):
+        for seed in range(24):
+            leading = SAMPLES[name].leading[seed % len(SAMPLES[name].leading)]
+            width = [w for w in WIDTHS if w > 1 or 1 in SAMPLES[name].widths][seed % 9]
+            inputs, options = sample_inputs(name, seed, leading, width)
+            layout = list(LAYOUTS)[seed % len(LAYOUTS)]
+            assert_parity(name, inputs, options, DTYPES[seed // 6], layout=layout, seed=seed)
+
+
+@pytest.mark.parametrize("width", [32000, 151936, 201088, 262144])
+def test_long_vocabularies(width):
+    assert_parity("kl_divergence", pair(2, width), {"temperature": 1.5}, torch.float32)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_row_shared_by_threads_has_the_bits_of_a_row_of_one_thread(direction):
+    inputs = {k: v.float() for k, v in pair(1, 100_000).items()}
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            student = inputs["student_logits"].clone().requires_grad_()
+            loss = kdfast.kl_divergence(student, inputs["teacher_logits"], direction=direction)
+            loss.backward()
+            results.append((loss.detach(), student.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_any_layout_in_memory():
+    """The memory between the rows holds NaN in these layouts, and is neither read nor written."""
+    inputs = pair(2, 4, 50)
+    for layout in ("shifted", "transposed", "classes_strided"):
+        assert_parity("kl_divergence", inputs, {}, torch.float32, layout=layout)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_masked_rows_are_never_read(direction):
+    inputs = {k: v.float() for k, v in pair(4, 33).items()}
+    mask = torch.tensor([True, False, True, False])
+    for tensor in inputs.values():
+        tensor[~mask] = math.nan
+    student = inputs["student_logits"].requires_grad_()
+    loss = kdfast.kl_divergence(student, inputs["teacher_logits"], mask=mask, direction=direction)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert student.grad.isfinite().all()
+    assert (student.grad[~mask] == 0).all()
+
+
+def test_all_rows_masked_gives_zero():
+    inputs = {k: v.float() for k, v in pair(4, 33).items()}
+    student = inputs["student_logits"].requires_grad_()
+    for reduction in ("sum", "mean", "batchmean"):
+        loss = kdfast.kl_divergence(
+            student, inputs["teacher_logits"], mask=torch.zeros(4, dtype=torch.bool), reduction=reduction
+        )
+        loss.backward()
+        assert loss.item() == 0
+    assert (student.grad == 0).all()
+
+
+def test_a_nan_stays_in_its_row():
+    inputs = {k: v.float() for k, v in pair(3, 100).items()}
+    inputs["student_logits"][1, 7] = math.nan
+    student = inputs["student_logits"].requires_grad_()
+    rows = kdfast.kl_divergence(student, inputs["teacher_logits"], reduction="none")
+    rows.sum().backward()
+    assert rows.isnan().tolist() == [False, True, False]
+    assert student.grad.isnan().any(dim=1).tolist() == [False, True, False]
+    assert student.grad[1].isnan().all()
+
+
+INFINITE = {
+    "both sides": ([0, 1], [0, 1]),
+    "teacher only": ([], [0, 3]),
+    "teacher, whole blocks": ([], list(range(2048))),
+    "both, whole blocks": (list(range(2048)), list(range(2048))),
+}
+
+
+@pytest.mark.parametrize("case", INFINITE)
+@pytest.mark.parametrize("width", [5, 5000])
+def test_classes_without_teacher_mass_add_nothing(case, width):
+    inputs = pair(3, width)
+    for name, classes in zip(inputs, INFINITE[case], strict=True):
+        keep = [c for c in classes if c < width - 1]
+        inputs[name][:, keep] = -math.inf
+    assert_parity("kl_divergence", inputs, {"temperature": 3.0}, torch.float32)
+    student = inputs["student_logits"].float().requires_grad_()
+    loss = kdfast.kl_divergence(student, inputs["teacher_logits"].float())
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert student.grad.isfinite().all()
+
+
+def test_teacher_mass_where_the_student_has_none_is_infinite():
+    inputs = {k: v.float() for k, v in pair(2, 40).items()}
+    inputs["student_logits"][0, 3] = -math.inf
+    student = inputs["student_logits"].requires_grad_()
+    rows = kdfast.kl_divergence(student, inputs["teacher_logits"], reduction="none")
+    rows.sum().backward()
+    assert rows.isinf().tolist() == [True, False]
+    assert student.grad.isfinite().all()
+
+
+def test_nearly_equal_bfloat16_logits_are_widened_before_they_are_subtracted():
+    inputs = pair(4, 1000, scale=20.0)
+    inputs["teacher_logits"] = inputs["student_logits"] * (1 + 2**-8)
+    for direction in DIRECTIONS:
+        assert_parity("kl_divergence", inputs, {"direction": direction}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(reduction):
+    """Without the scale the gradients of this batch are below the smallest float16."""
+    inputs = {k: v.half() for k, v in pair(64, 1000, scale=0.1).items()}
+    scale = 2.0**16
+    grads = {}
+    for function in (kdfast.kl_divergence, kdfast.reference.kl_divergence):
+        student = inputs["student_logits"].clone().requires_grad_()
+        loss = function(student, inputs["teacher_logits"], reduction=reduction)
+        (loss.mean() * scale).backward()
+        grads[function] = student.grad
+    fast, plain = grads.values()
+    torch.testing.assert_close(fast, plain)
+    assert (fast != 0).float().mean() > 0.99
+
+
+def test_a_confident_wrong_student_keeps_dkd_finite():
+    """A gap of 200 between the label and the rest: 1 - p is 0 in float32, its logarithm must still be -200."""
+    for gap in (200.0, -200.0):
+        inputs = pair(3, 40)
+        inputs["labels"] = torch.tensor([0, 5, 39])
+        inputs["student_logits"][torch.arange(3), inputs["labels"]] -= gap
+        options = {"temperature": 1.0, "alpha": 1.0, "beta": 8.0}
+        assert_parity("dkd_loss", inputs, options, torch.float32)
+        loss = kdfast.dkd_loss(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}, **options)
+        assert math.isfinite(loss.item())
+
+
+def test_two_classes_have_no_other_classes_to_compare():
+    inputs = {k: v.float() for k, v in pair(4, 2).items()}
+    labels = torch.tensor([0, 1, 0, 1])
+    student = inputs["student_logits"].requires_grad_()
+    loss = kdfast.dkd_loss(student, inputs["teacher_logits"], labels, alpha=0.0, beta=8.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert (student.grad == 0).all()
+
+
+def test_a_stored_teacher_with_all_its_mass_in_the_top_k():
+    student = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    values = torch.tensor([[0.0, -math.inf, -math.inf]] * 2)  # one class holds everything
+    indices = torch.tensor([[7, 1, 2]] * 2)
+    for tail in ("drop", "bucket", "renormalize"):
+        leaf = student.clone().requires_grad_()
+        loss = kdfast.topk_kl_divergence(leaf, values, indices, values="logprobs", tail=tail)
+        loss.backward()
+        assert math.isfinite(loss.item())
+        assert leaf.grad.isfinite().all()
+        inputs = {"student_logits": student.double(), "teacher_values": values.double(), "teacher_indices": indices}
+        assert_parity("topk_kl_divergence", inputs, {"values": "logprobs", "tail": tail}, torch.float32)
+
+
+def test_renormalized_tails_never_read_the_other_classes():
+    student = torch.full((2, 50), math.nan)
+    indices = torch.tensor([[3, 9], [0, 49]])
+    student.scatter_(1, indices, torch.tensor([[0.5, -1.0], [2.0, 2.5]]))
+    student.requires_grad_()
+    loss = kdfast.topk_kl_divergence(student, torch.randn(2, 2), indices, tail="renormalize")
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert (student.grad != 0).sum() == 4
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_both_index_types_and_padding(dtype):
+    inputs = {
+        "student_logits": pair(2, 30)["student_logits"],
+        "teacher_values": torch.tensor([[-0.3, -2.0, -5.0], [-0.1, -math.inf, 7.0]], dtype=torch.float64),
+        "teacher_indices": torch.tensor([[4, 29, 0], [11, 2, -100]], dtype=dtype),
+    }
+    for tail in ("drop", "bucket", "renormalize"):
+        assert_parity("topk_kl_divergence", inputs, {"values": "logprobs", "tail": tail}, torch.float32)
+
+
+def test_labels_none_take_the_first_of_the_teachers_largest():
+    inputs = {k: v.float() for k, v in pair(3, 5000).items()}
+    inputs["teacher_logits"][0, [17, 4000]] = 50.0
+    expected = kdfast.kd_loss(**inputs, labels=inputs["teacher_logits"].argmax(-1))
+    assert kdfast.kd_loss(**inputs).item() == expected.item()
+
+
+def test_ignored_labels_count_in_neither_term():
+    inputs = {k: v.float() for k, v in pair(4, 33).items()}
+    labels = torch.tensor([1, -100, 3, -100])
+    kept = kdfast.kd_loss(*(v[::2] for v in inputs.values()), labels[::2])
+    for tensor in inputs.values():
+        tensor[1::2] = math.nan
+    student = inputs["student_logits"].requires_grad_()
+    loss = kdfast.kd_loss(student, inputs["teacher_logits"], labels)
+    loss.backward()
+    torch.testing.assert_close(loss, kept)
+    assert (student.grad[1::2] == 0).all()
+
+
+def test_js_is_finite_where_entries_underflow_on_both_sides():
+    inputs = {k: torch.zeros(2, 4096) for k in ("student_logits", "teacher_logits")}
+    for k, column in zip(inputs, (0, 1), strict=True):
+        inputs[k][:, column] = 1e4  # every other class underflows, the two disagree
+    for beta in (0.1, 0.5, 0.9):
+        assert_parity("js_divergence", {k: v.double() for k, v in inputs.items()}, {"beta": beta}, torch.float32)
+    student = inputs["student_logits"].requires_grad_()
+    loss = kdfast.js_divergence(student, inputs["teacher_logits"])
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert student.grad.isfinite().all()
+
+
+INPLACE = ("kl_divergence", "js_divergence", "kd_loss")
+
+
+@pytest.mark.parametrize("upstream", [1.0, -2.5])
+@pytest.mark.parametrize("name", INPLACE)
+def test_inplace_backward_gives_the_same_gradient_in_the_logits_storage(name, upstream):
+    inputs = {k: v.float() for k, v in pair(4, 3000).items()}
+    expected = inputs["student_logits"].clone().requires_grad_()
+    loss = getattr(kdfast, name)(expected, inputs["teacher_logits"])
+    (loss * upstream).backward()
+
+    base = inputs["student_logits"].clone().requires_grad_()
+    logits = base * 1.0
+    inplace = getattr(kdfast, name)(logits, inputs["teacher_logits"], inplace_backward=True)
+    assert inplace.item() == loss.item()
+    assert logits._version == 1
+    (inplace * upstream).backward()
+    torch.testing.assert_close(base.grad, expected.grad)
+    torch.testing.assert_close(logits.detach(), expected.grad)  # the storage holds the gradient
+
+
+def test_inplace_backward_with_one_value_a_row():
+    inputs = {k: v.float() for k, v in pair(4, 30).items()}
+    upstream = torch.tensor([1.0, 0.0, -3.0, 0.5])
+    grads = []
+    for inplace in (False, True):
+        base = inputs["student_logits"].clone().requires_grad_()
+        rows = kdfast.kl_divergence(base * 1.0, inputs["teacher_logits"], reduction="none", inplace_backward=inplace)
+        rows.backward(upstream)
+        grads.append(base.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_inplace_backward_can_be_used_once():
+    base = torch.randn(2, 5, requires_grad=True)
+    loss = kdfast.kl_divergence(base * 1.0, torch.randn(2, 5), inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward needs inplace_backward=False"):
+        loss.backward()
+
+
+def test_inplace_backward_tells_whoever_else_saved_the_logits():
+    base = torch.randn(2, 5, requires_grad=True)
+    logits = base * 1.0
+    other = logits.square().sum()
+    loss = kdfast.kl_divergence(logits, torch.randn(2, 5), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + other).backward()
+
+
+def test_double_backward_is_refused():
+    inputs = pair(2, 5)
+    student = inputs["student_logits"].requires_grad_()
+    loss = kdfast.kl_divergence(student, inputs["teacher_logits"])
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 7), (3, 1)])
+def test_no_rows_and_one_class_give_zero(shape):
+    student = torch.randn(shape, requires_grad=True)
+    loss = kdfast.kl_divergence(student, torch.randn(shape))
+    loss.backward()
+    assert loss.item() == 0
+    assert (student.grad == 0).all()
+
+
+def test_without_a_gradient_none_is_written():
+    inputs = {k: v.float() for k, v in pair(2, 5).items()}
+    loss, grad = torch.ops.kdfast.kl(*inputs.values(), None, None, None, *kl.Options(1.0, 0, 1.0), False)
+    assert grad.numel() == 0
+    assert kdfast.kl_divergence(*inputs.values()).item() == loss.item()
+
+
+def test_the_ops_pass_opcheck():
+    student, teacher = (v.float() for v in pair(3, 7).values())
+    mask, labels = torch.tensor([True, False, True]), torch.tensor([0, -100, 6])
+    for kind in kl.KINDS:
+        for reduction in ("none", "batchmean"):
+            options = kl.Options(2.0, kl.KINDS[kind], 4.0, reduction=kl.REDUCTIONS[reduction])
+            arguments = (teacher, labels if kind == "dkd" else None, mask, None, *options)
+            for needs_grad in (True, False):
+                torch.library.opcheck(torch.ops.kdfast.kl.default, (student, *arguments, needs_grad))
+            torch.library.opcheck(torch.ops.kdfast.kl_.default, (student.clone(), *arguments))
+    values, indices = teacher.topk(2)
+    for tail in topk_kl.TAILS.values():
+        options = topk_kl.Options(1.0, tail, False)
+        arguments = (student, values, indices, mask, None, *options, True)
+        torch.library.opcheck(torch.ops.kdfast.topk_kl.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_compiles_without_a_graph_break(dtype, reduction):
+    inputs = {k: v.to(dtype) for k, v in pair(4, 33).items()}
+
+    def step(student, teacher):
+        return (kdfast.kl_divergence(student * 1.0, teacher, 2.0, reduction=reduction) * 3.0).sum()
+
+    compiled = torch.compile(step, fullgraph=True)
+    grads = []
+    for function in (step, compiled):
+        student = inputs["student_logits"].clone().requires_grad_()
+        function(student, inputs["teacher_logits"]).backward()
+        grads.append(student.grad)
+    torch.testing.assert_close(grads[0], grads[1])

@@ -1,0 +1,90 @@
+"""Choice of backend: forced, reported, and never silent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kdfast
+from kdfast import backends
+from kdfast.__main__ import report
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_the_cpu_kernel_runs_cpu_tensors_by_default():
+    if backends.extension_problem() is not None:
+        pytest.skip("the extension is not built")
+    assert backends.select("kl", torch.zeros(1)) == backends.CPU
+
+
+def test_use_forces_a_backend_inside_the_block_only():
+    with backends.use("reference"):
+        assert backends.select("kl", torch.zeros(1)) == backends.REFERENCE
+        with backends.use("auto"):
+            assert backends.select("kl", torch.zeros(1)) != "auto"
+    assert backends._forced == backends.AUTO
+
+
+def test_an_unknown_backend_lists_the_known():
+    with (
+        pytest.raises(ValueError, match="backend must be 'auto', 'cpu'.* or 'reference', got 'gpu'"),
+        backends.use("gpu"),
+    ):
+        pass
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    with backends.use("cpu"), pytest.raises(RuntimeError, match="runs on CPU tensors, these are on meta"):
+        kdfast.kl_divergence(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, device="meta"))
+
+
+def test_the_environment_variable_forces_the_reference():
+    code = "import torch; from kdfast import backends; print(backends.select('kl', torch.zeros(1)))"
+    assert run_python(code, KDFAST_BACKEND="reference").stdout.strip() == "reference"
+
+
+def test_a_wrong_environment_variable_is_an_error():
+    result = run_python("import kdfast", KDFAST_BACKEND="fast")
+    assert result.returncode != 0
+    assert "KDFAST_BACKEND must be one of" in result.stderr
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules['kdfast._C'] = None  # what an install without a C++ compiler looks like
+import torch, kdfast
+x = torch.randn(3, 5, requires_grad=True)
+for _ in range(3):
+    kdfast.kl_divergence(x, torch.randn(3, 5)).backward()
+from kdfast.__main__ import report
+print(report())
+"""
+
+
+def test_without_the_extension_the_reference_runs_and_warns_once():
+    result = run_python(WITHOUT_EXTENSION)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("kdfast runs the plain PyTorch reference") == 1
+    assert "the C++ extension is not built" in result.stdout
+
+
+def test_the_report_names_every_op_and_the_level():
+    text = report()
+    for op in backends.KERNELS:
+        assert op in text
+    assert "cpu kernels:" in text
+
+
+def test_an_unavailable_level_is_an_error():
+    with pytest.raises(ValueError, match="cpu level must be"), backends.use_cpu_level("avx1024"):
+        pass
