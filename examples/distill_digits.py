@@ -339,13 +339,13 @@ def plot(teacher_accuracy: float, rows: list[Row], path: Path) -> None:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the losses of kdfast on handwritten digits.")
-    parser.add_argument("--seeds", type=int, help="students for each method (default 5, with --quick 1)")
+    parser.add_argument("--seeds", type=int, help="students for each method (default 4, with --quick 1)")
     parser.add_argument("--epochs", type=int, help="passes over the training images (default 50, with --quick 25)")
     parser.add_argument("--quick", action="store_true", help="one seed and fewer epochs: a first look")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for results.json, results.png")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
-    options.seeds = (1 if options.quick else 5) if options.seeds is None else options.seeds
+    options.seeds = (1 if options.quick else 4) if options.seeds is None else options.seeds
     options.epochs = (25 if options.quick else 50) if options.epochs is None else options.epochs
     if options.seeds < 1 or options.epochs < 1:
         parser.error(f"--seeds and --epochs must be at least 1, got {options.seeds} and {options.epochs}")

@@ -1,5 +1,7 @@
 """Knowledge-distillation losses for PyTorch as fused kernels, each with a plain-PyTorch reference."""
 
+import importlib
+
 from kdfast import backends, functional, losses, metrics, reference
 from kdfast.functional.features import (
     attention_transfer_loss,
@@ -61,3 +63,9 @@ __all__ = [
     "standardized_kl_divergence",
     "topk_kl_divergence",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "store":  # needs safetensors, so only when asked for
+        return importlib.import_module("kdfast.store")
+    raise AttributeError(f"module 'kdfast' has no attribute {name!r}")

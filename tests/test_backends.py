@@ -37,7 +37,7 @@ def test_use_forces_a_backend_inside_the_block_only():
 
 def test_an_unknown_backend_lists_the_known():
     with (
-        pytest.raises(ValueError, match="backend must be 'auto', 'cpu'.* or 'reference', got 'gpu'"),
+        pytest.raises(ValueError, match=r"backend must be 'auto', 'cpu'.* or 'reference', got 'gpu'"),
         backends.use("gpu"),
     ):
         pass

@@ -219,9 +219,9 @@ def crd_loss(
         ValueError: numbers of rows or devices differ, fewer than 2 dimensions, ``labels`` of another shape,
             ``temperature`` not finite or not above 0, ``alignment_weight`` negative or not finite.
 
-    Differs from code that takes the logarithm of a sigmoid, which is -inf from -104 on in float32 (a similarity of -11
-    at the default temperature); this is finite at any size. It needs no memory of other batches, and the labels say
-    which pairs are positive; for the paper's loss see :class:`CRDLoss`.
+    Differs from code that takes the logarithm of a sigmoid, which is -inf below -89 in float32 (an inner product of
+    -8.9 at the default temperature); this is finite at any size. The paper's loss, :class:`CRDLoss`, knows no labels:
+    its positive pair is a sample and itself, its negatives come from a memory of all samples.
 
     Source: after Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation",
     https://arxiv.org/abs/1910.10699; sigmoids of pairs in a batch: Zhai et al. 2023, "Sigmoid Loss for Language Image

@@ -120,7 +120,7 @@ LABELS = [
     ("labels int32", labels.int(), TypeError, "labels must have dtype torch.int64, got torch.int32"),
     ("labels too few", labels[:3], ValueError, r"labels must have shape \(4,\), got \(3,\)"),
     ("labels 2-D", labels[:, None], ValueError, r"labels must have shape \(4,\), got \(4, 1\)"),
-    ("labels on another device", labels.to("meta"), ValueError, "labels is on meta"),
+    ("labels on another device", labels.to("meta"), ValueError, "labels is on meta but (the student|features) is on"),
 ]
 LABEL_FUNCTIONS = {
     "crd": lambda labels: crd_loss(x, x, labels),
@@ -288,13 +288,25 @@ ERRORS = [
         "memory: sample_weight below 0",
         lambda: CRDLoss(3, 3, 4, sample_weight=torch.tensor([1.0, -1.0, 1.0, 1.0])),
         ValueError,
-        "sample_weight must be",
+        "sample_weight must be finite and greater than 0, got -1.0",
+    ),
+    (
+        "memory: sample_weight 0",
+        lambda: CRDLoss(3, 3, 4, sample_weight=torch.tensor([1.0, 0.0, 1.0, 1.0])),
+        ValueError,
+        "sample_weight must be finite and greater than 0, got 0.0",
+    ),
+    (
+        "memory: sample_weight of integers",
+        lambda: CRDLoss(3, 3, 4, sample_weight=torch.ones(4, dtype=torch.int64)),
+        TypeError,
+        "sample_weight must have dtype .*, got torch.int64",
     ),
     (
         "memory: sample_weight NaN",
         lambda: CRDLoss(3, 3, 4, sample_weight=torch.tensor([1.0, nan, 1.0, 1.0])),
         ValueError,
-        "sample_weight must be",
+        "sample_weight must be finite and greater than 0, got nan",
     ),
     (
         "memory: student not a tensor",
@@ -302,10 +314,25 @@ ERRORS = [
         TypeError,
         "student must be a torch.Tensor, got list",
     ),
-    ("memory: student of another width", lambda: memory_call(student=torch.zeros(2, 5)), ValueError, "student .*5"),
-    ("memory: teacher of another width", lambda: memory_call(teacher=torch.zeros(2, 3)), ValueError, "teacher .*3"),
+    (
+        "memory: student of another width",
+        lambda: memory_call(student=torch.zeros(2, 5)),
+        ValueError,
+        "student_dim = 3.*5",
+    ),
+    (
+        "memory: teacher of another width",
+        lambda: memory_call(teacher=torch.zeros(2, 3)),
+        ValueError,
+        "teacher_dim = 5.*3",
+    ),
     ("memory: 1-D student", lambda: memory_call(student=torch.zeros(3)), ValueError, "student must have shape .*3"),
-    ("memory: numbers of rows", lambda: memory_call(teacher=torch.zeros(3, 5)), ValueError, "rows|shape"),
+    (
+        "memory: numbers of rows",
+        lambda: memory_call(teacher=torch.zeros(3, 5)),
+        ValueError,
+        "number of rows, got 2 and 3",
+    ),
     ("memory: too few indices", lambda: memory_call(indices=torch.tensor([0])), ValueError, r"indices must .*\(1,\)"),
     (
         "memory: float indices",
@@ -323,7 +350,25 @@ ERRORS = [
         "memory: negatives of other rows",
         lambda: memory_call(negatives=torch.tensor([[2, 3]])),
         ValueError,
-        "negatives must have shape",
+        r"negatives must have shape \(N, K\) with N = 2 and K >= 1, got \(1, 2\)",
+    ),
+    (
+        "memory: no negatives",
+        lambda: memory_call(negatives=torch.zeros(2, 0, dtype=torch.int64)),
+        ValueError,
+        r"negatives must have shape \(N, K\) with N = 2 and K >= 1, got \(2, 0\)",
+    ),
+    (
+        "memory: features on another device",
+        lambda: memory_call(student=torch.zeros(2, 3, device="meta")),
+        ValueError,
+        "student is on meta but student_projection is on cpu",
+    ),
+    (
+        "memory: indices on another device",
+        lambda: memory_call(indices=torch.zeros(2, dtype=torch.int64, device="meta")),
+        ValueError,
+        "indices is on meta",
     ),
     (
         "memory: float negatives",

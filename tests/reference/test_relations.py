@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
+from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torchdistill.losses.mid_level import RKDLoss as TorchdistillRKDLoss
+from torchdistill.losses.mid_level import SPKDLoss
 
 from kdfast.reference.relations import (
     crd_loss,
@@ -25,8 +26,8 @@ from kdfast.reference.relations import (
     similarity_preserving_loss,
 )
 
-nan, inf = float("nan"), float("inf")
 METRICS = ("cosine", "dot", "euclidean")
+each_metric = pytest.mark.parametrize("metric", METRICS)
 
 
 def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -37,345 +38,392 @@ def zero_row(x: Tensor) -> Tensor:
     return x.index_fill(0, torch.tensor([1]), 0.0)
 
 
-def gradient(value: Tensor, x: Tensor) -> Tensor:
-    return torch.autograd.grad(value, x)[0]
+def gradient_of(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    return gradient
 
 
 def huber(d: float) -> float:
     return d * d / 2 if abs(d) < 1 else abs(d) - 0.5
 
 
+def similarities(x: Tensor, y: Tensor, metric: str) -> np.ndarray:
+    """Larger is nearer."""
+    a, b = x.flatten(1).numpy(), y.flatten(1).numpy()
+    if metric == "euclidean":
+        return -np.array([[math.dist(p, q) for q in b] for p in a])
+    return cosine_similarity(a, b) if metric == "cosine" else a @ b.T
+
+
 # similarity_preserving_loss
 
 
-def test_similarity_preserving_agrees_with_loops() -> None:
-    student, teacher = features(5, 3, 2, seed=1), features(5, 4, seed=2)
+def loop_similarity_preserving(student: Tensor, teacher: Tensor, p: int) -> float:
+    n = len(student)
 
-    def rows(x: Tensor) -> np.ndarray:
-        x = x.flatten(1).numpy()
-        G = np.array([[sum(a * b) for b in zip(*np.broadcast_arrays(x[i], x[i]), strict=True)] for i in range(0)])
-        G = np.array([[np.sum(x[i] * x[j]) for j in range(len(x))] for i in range(len(x))])
-        return np.array([row / math.sqrt(sum(value * value for value in row)) for row in G])
+    def normalized(x: Tensor) -> list[list[float]]:
+        rows = x.flatten(1).tolist()
+        g = [[sum(a * b for a, b in zip(u, v, strict=True)) for v in rows] for u in rows]
+        return [[value / sum(abs(other) ** p for other in row) ** (1 / p) for value in row] for row in g]
 
-    truth = np.sum((rows(student) - rows(teacher)) ** 2) / 25
-    assert similarity_preserving_loss(student, teacher).item() == pytest.approx(truth, rel=1e-12)
+    g_s, g_t = normalized(student), normalized(teacher)
+    return sum((g_s[i][j] - g_t[i][j]) ** 2 for i in range(n) for j in range(n)) / n**2
 
 
-def test_similarity_preserving_of_orthogonal_and_of_equal_rows() -> None:
-    # G_s / |G_s| = identity, G_t / |G_t| = 1/2 everywhere: 4 (1 - 1/2)^2 + 12 (1/2)^2 = 4, over 16.
-    assert similarity_preserving_loss(3 * torch.eye(4).double(), torch.ones(4, 2).double()).item() == pytest.approx(0.25)
+def test_similarity_preserving_normalises_by_l2_where_torchdistill_normalises_by_l1() -> None:
+    student, teacher = features(6, 3, 2, seed=1), features(6, 9, seed=2)
+    ours = similarity_preserving_loss(student, teacher)
+    theirs = SPKDLoss("student", "teacher", "batchmean")(
+        {"student": {"output": student}}, {"teacher": {"output": teacher}}
+    )
+    assert ours.item() == pytest.approx(loop_similarity_preserving(student, teacher, 2), rel=1e-10)
+    assert theirs.item() == pytest.approx(loop_similarity_preserving(student, teacher, 1), rel=1e-10)
+
+
+def test_similarity_preserving_zero_row_stays_zero() -> None:
+    # Orthogonal rows: only the diagonals differ, at the one zero row.
+    student, teacher = zero_row(torch.eye(4).double()), torch.eye(4).double()
+    assert similarity_preserving_loss(student, teacher).item() == pytest.approx(1 / 16, rel=1e-12)
+
+
+def test_similarity_preserving_zero_student_has_gradient_zero() -> None:
+    assert gradient_of(lambda s: similarity_preserving_loss(s, features(4, 3)), torch.zeros(4, 3).double()).eq(0).all()
+
+
+def test_similarity_preserving_zero_row_feels_the_rows_of_the_others_alone() -> None:
+    # Its own row of G has no direction; as a column of G it still counts in the other rows.
+    student, teacher = zero_row(features(4, 3)), features(4, 2, seed=2)
+
+    def other_rows(s: Tensor) -> Tensor:
+        g_s, g_t = (torch.stack([g[i] / g[i].norm() for i in (0, 2, 3)]) for g in (s @ s.mT, teacher @ teacher.mT))
+        return (g_s - g_t).square().sum() / 16
+
+    gradient = gradient_of(lambda s: similarity_preserving_loss(s, teacher), student)
+    torch.testing.assert_close(gradient, gradient_of(other_rows, student))
 
 
 # rkd_distance_loss, rkd_angle_loss, rkd_loss
 
 
 def loop_distance(student: Tensor, teacher: Tensor) -> float:
+    n = len(student)
+
     def relative(x: Tensor) -> list[list[float]]:
         rows = x.flatten(1).tolist()
         d = [[math.dist(a, b) for b in rows] for a in rows]
-        n = len(rows)
-        mean = sum(d[i][j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-        return [[value / mean if mean else 0.0 for value in row] for row in d]
+        mean = sum(map(sum, d)) / (n * (n - 1))
+        return [[value / mean for value in row] for row in d]
 
-    a, b = relative(student), relative(teacher)
-    return float(np.mean([huber(x - y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)]))
+    d_s, d_t = relative(student), relative(teacher)
+    return sum(huber(d_s[i][j] - d_t[i][j]) for i in range(n) for j in range(n)) / n**2
 
 
 def loop_angle(student: Tensor, teacher: Tensor) -> float:
-    def unit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        norm = math.dist(a, b)
-        return (a - b) / norm if norm else 0 * a
+    n = len(student)
 
-    def cosines(x: Tensor) -> Iterator[float]:
-        rows = x.flatten(1).numpy()
-        for j in rows:
-            for i in rows:
-                for k in rows:
-                    yield float(np.sum(unit(i, j) * unit(k, j)))
+    def cosine(x: list[list[float]], i: int, j: int, k: int) -> float:
+        a = [p - q for p, q in zip(x[i], x[j], strict=True)]
+        b = [p - q for p, q in zip(x[k], x[j], strict=True)]
+        norms = math.hypot(*a) * math.hypot(*b)
+        return sum(p * q for p, q in zip(a, b, strict=True)) / norms if norms else 0.0
 
-    return float(np.mean([huber(s - t) for s, t in zip(cosines(student), cosines(teacher), strict=True)]))
+    s, t = student.flatten(1).tolist(), teacher.flatten(1).tolist()
+    triplets = [(i, j, k) for i in range(n) for j in range(n) for k in range(n)]
+    return sum(huber(cosine(s, *triplet) - cosine(t, *triplet)) for triplet in triplets) / n**3
 
 
 RKD_PAIRS = {
-    "other widths": (features(6, 3, 2, seed=1), features(6, 4, seed=2)),
-    # One far row makes relative distances that differ by more than 1: the linear part of Huber.
-    "far row": (features(6, 4, seed=1), features(6, 4, seed=2) * torch.tensor([50.0, 1, 1, 1, 1, 1])[:, None]),
-    "coincident rows": (features(4, 3, seed=1)[[0, 1, 1, 2, 3]], features(5, 3, seed=2)),
-    "coincident teacher": (features(5, 3, seed=1), features(4, 3, seed=2)[[0, 1, 1, 2, 3]]),
-    "two rows": (features(2, 3, seed=1), features(2, 3, seed=2)),
-    "three rows": (features(3, 3, seed=1), features(3, 3, seed=2)),
-    "width 1": (features(5, 1, seed=1), features(5, 1, seed=2)),
+    "random": (features(6, 3, 2, seed=1), features(6, 9, seed=2)),
+    # Relative distances and cosines that differ by more than 1: the linear part of Huber's function.
+    "far apart": (features(6, 2, seed=1) ** 5, features(6, 1, seed=2) ** 5),
+    "coincident rows": (features(6, 3, seed=1)[[0, 1, 1, 2, 3, 1]], features(6, 3, seed=2)[[0, 0, 1, 2, 3, 4]]),
 }
-each_rkd_pair = pytest.mark.parametrize(("student", "teacher"), RKD_PAIRS.values(), ids=RKD_PAIRS)
 
 
-@each_rkd_pair
-def test_rkd_distance_agrees_with_loops(student: Tensor, teacher: Tensor) -> None:
-    assert rkd_distance_loss(student, teacher).item() == pytest.approx(loop_distance(student, teacher), rel=1e-12)
+@pytest.mark.parametrize(
+    ("loss", "loop"), [(rkd_distance_loss, loop_distance), (rkd_angle_loss, loop_angle)], ids=["distance", "angle"]
+)
+@pytest.mark.parametrize("pair", RKD_PAIRS.values(), ids=RKD_PAIRS)
+def test_rkd_agrees_with_loops(loss: Callable, loop: Callable, pair: tuple[Tensor, Tensor]) -> None:
+    assert loss(*pair).item() == pytest.approx(loop(*pair), rel=1e-10)
 
 
-@each_rkd_pair
-def test_rkd_angle_agrees_with_loops(student: Tensor, teacher: Tensor) -> None:
-    truth = loop_angle(student, teacher)
-    assert rkd_angle_loss(student, teacher).item() == pytest.approx(truth, rel=1e-12, abs=1e-15)
+@pytest.mark.parametrize(("distance", "angle"), [(25.0, 50.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_rkd_agrees_with_torchdistill(distance: float, angle: float) -> None:
+    student, teacher = features(7, 5, seed=1), features(7, 4, seed=2)
+    peer = TorchdistillRKDLoss("", "", distance, angle, "mean")
+
+    def truth(s: Tensor) -> Tensor:
+        return (
+            distance * peer.compute_rkd_distance_loss(teacher, s)
+            + angle * peer.compute_rkd_angle_loss(teacher, s)
+            + 0.0 * s.sum()
+        )
+
+    def ours(s: Tensor) -> Tensor:
+        return rkd_loss(s, teacher, distance_weight=distance, angle_weight=angle)
+
+    torch.testing.assert_close(ours(student), truth(student))
+    torch.testing.assert_close(gradient_of(ours, student), gradient_of(truth, student))
 
 
-def test_rkd_agrees_with_torchdistill() -> None:
-    student, teacher = features(7, 5, seed=1), features(7, 3, seed=2)
-    peer = TorchdistillRKDLoss("x", "x", dist_factor=25.0, angle_factor=50.0, reduction="mean")
-    distance = peer.compute_rkd_distance_loss(teacher, student)
-    angle = peer.compute_rkd_angle_loss(teacher, student)
-    torch.testing.assert_close(rkd_distance_loss(student, teacher), distance)
-    torch.testing.assert_close(rkd_angle_loss(student, teacher), angle)
-    torch.testing.assert_close(rkd_loss(student, teacher), 25 * distance + 50 * angle)
+def test_rkd_distance_of_a_triangle() -> None:
+    # Distances 3, 4, 5 have mean 4; an equilateral triangle has all three at 1.
+    student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]).double()
+    teacher = torch.eye(3).double()
+    assert rkd_distance_loss(student, teacher).item() == pytest.approx(2 * (0.25**2 / 2 * 2) / 9, rel=1e-12)
 
 
-def test_rkd_weighs_its_two_terms() -> None:
-    student, teacher = features(4, 3, seed=1), features(4, 3, seed=2)
-    distance, angle = rkd_distance_loss(student, teacher), rkd_angle_loss(student, teacher)
-    weighted = rkd_loss(student, teacher, distance_weight=3.0, angle_weight=0.5)
-    torch.testing.assert_close(weighted, 3 * distance + angle / 2)
+def test_rkd_angle_of_a_triangle() -> None:
+    # Cosines 0, 3/5 and 4/5 against 1/2 three times; the rest of the 27 triplets is 0 or 1 on either side.
+    student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]).double()
+    teacher = torch.eye(3).double()
+    assert rkd_angle_loss(student, teacher).item() == pytest.approx((0.5**2 + 0.1**2 + 0.3**2) / 27, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss], ids=["distance", "angle"])
-def test_rkd_ignores_shift_scale_and_rotation(loss: Callable) -> None:
-    student, teacher = features(5, 3, seed=1), features(5, 3, seed=2)
-    rotation, _ = torch.linalg.qr(features(3, 3, seed=3))
-    torch.testing.assert_close(loss(7 * student @ rotation + 2, teacher), loss(student, teacher))
+@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss, rkd_loss])
+def test_rkd_ignores_scale_shift_and_rotation(loss: Callable) -> None:
+    x = features(6, 4)
+    rotation = torch.linalg.qr(features(4, 4, seed=1)).Q
+    assert loss(3 * x @ rotation + 5, x).item() == pytest.approx(0, abs=1e-20)
 
 
-def test_rkd_distance_of_a_line_against_a_triangle() -> None:
-    # Distances 1, 1, 2 over their mean 4/3 are 3/4, 3/4, 3/2; the triangle's are 1. Two entries each, of nine.
-    line = torch.tensor([[0.0], [1.0], [2.0]])
-    truth = 2 / 9 * (huber(0.25) + huber(0.25) + huber(0.5))
-    assert rkd_distance_loss(line, torch.eye(3)).item() == pytest.approx(truth, rel=1e-6)
+def test_rkd_distance_of_near_rows_far_from_the_origin_is_accurate_in_float32() -> None:
+    near, teacher = features(6, 4, seed=1).float(), features(6, 4, seed=2).float()
+    shifted = near + 1000
+    truth = rkd_distance_loss(shifted.double(), teacher.double())
+    peer = TorchdistillRKDLoss("", "", 1.0, 1.0, "mean")
+    assert abs(rkd_distance_loss(shifted, teacher).double() - truth) < 1e-6 * truth
+    assert abs(peer.compute_rkd_distance_loss(teacher, shifted).double() - truth) > 1e-3 * truth
 
 
-@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss], ids=["distance", "angle"])
-def test_rkd_rows_in_one_place_have_gradient_zero(loss: Callable) -> None:
-    student = torch.full((5, 3), 0.3, requires_grad=True)
-    assert gradient(loss(student, features(5, 3).float()), student).eq(0).all()
+@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss, rkd_loss])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_rkd_all_rows_coincident_have_gradient_zero(loss: Callable, rows: int) -> None:
+    student = features(1, 3).expand(rows, 3)
+    assert gradient_of(lambda s: loss(s, features(rows, 3, seed=1)), student).eq(0).all()
 
 
-@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss], ids=["distance", "angle"])
-def test_rkd_coincident_rows_do_not_pull_at_each_other(loss: Callable) -> None:
-    """Their pair has gradient 0: what is left is what both feel from the other rows, the same for both."""
-    rows = features(4, 3)[[0, 1, 1, 2, 3]].requires_grad_()
-    # A teacher with the same coincidence makes the two rows interchangeable.
-    g = gradient(loss(rows, features(4, 3, seed=2)[[0, 1, 1, 2, 3]]), rows)
-    torch.testing.assert_close(g[1], g[2])
-    assert g.isfinite().all() and 0 < g.abs().max() < 10
+def test_rkd_a_coincident_pair_has_gradient_zero() -> None:
+    # Rows 0 and 1 coincide in the student and are equally far from row 2 in the teacher: they are pulled alike.
+    student = torch.tensor([[1.0, 2.0], [1.0, 2.0], [4.0, 7.0], [0.0, 5.0]]).double()
+    teacher = torch.tensor([[0.0, 1.0], [0.0, -1.0], [5.0, 0.0], [1.0, 0.0]]).double()
+    for loss in (rkd_distance_loss, rkd_angle_loss):
+        gradient = gradient_of(lambda s, loss=loss: loss(s, teacher), student)
+        torch.testing.assert_close(gradient[0], gradient[1], rtol=0, atol=1e-15)
+        assert gradient[0].ne(0).all()
+
+
+def test_rkd_angle_coincident_rows_have_a_gradient_of_the_size_of_the_others() -> None:
+    student, teacher = features(5, 4)[[0, 1, 1, 2, 3]], features(5, 4, seed=1)
+    peer = TorchdistillRKDLoss("", "", 1.0, 1.0, "mean")
+    assert gradient_of(lambda s: rkd_angle_loss(s, teacher), student).abs().max() < 1
+    assert gradient_of(lambda s: peer.compute_rkd_angle_loss(teacher, s), student).abs().max() > 1e9
 
 
 # rkd_sequence_angle_loss
 
 
-def loop_angles(x: Tensor) -> list[list[float]]:
-    def angle(a: np.ndarray, b: np.ndarray) -> float:
-        if not a.any() or not b.any():
-            return math.pi / 2
-        return math.acos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))
+def loop_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None) -> float:
+    def angle(x: list[list[float]], t: int) -> float:
+        a = [p - q for p, q in zip(x[t + 1], x[t], strict=True)]
+        b = [p - q for p, q in zip(x[t + 2], x[t], strict=True)]
+        norms = math.hypot(*a) * math.hypot(*b)
+        cosine = sum(p * q for p, q in zip(a, b, strict=True)) / norms if norms else 0.0
+        return math.acos(min(max(cosine, -1.0), 1.0))
 
-    return [[angle(s[t + 1] - s[t], s[t + 2] - s[t]) for t in range(len(s) - 2)] for s in x.numpy()]
-
-
-def test_sequence_angle_agrees_with_acos_in_loops() -> None:
-    student, teacher = features(3, 6, 4, seed=1), features(3, 6, 2, seed=2)
-    truth = np.mean((np.array(loop_angles(student)) - np.array(loop_angles(teacher))) ** 2)
-    assert rkd_sequence_angle_loss(student, teacher).item() == pytest.approx(truth, rel=1e-10)
-
-
-def test_sequence_angle_counts_where_all_three_tokens_do() -> None:
-    student, teacher = features(4, 7, 3, seed=1), features(4, 7, 3, seed=2)
-    mask = torch.rand(4, 7, generator=torch.Generator().manual_seed(3)) < 0.8
-    a, b = loop_angles(student), loop_angles(teacher)
-    kept = [(a[n][t] - b[n][t]) ** 2 for n in range(4) for t in range(5) if mask[n, t : t + 3].all()]
-    assert 0 < len(kept) < 20
-    value = rkd_sequence_angle_loss(student, teacher, mask=mask).item()
-    assert value == pytest.approx(np.mean(kept), rel=1e-10)
+    kept = [
+        (angle(s, t) - angle(u, t)) ** 2
+        for n, (s, u) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True))
+        for t in range(len(s) - 2)
+        if mask is None or all(mask[n, t : t + 3])
+    ]
+    return sum(kept) / max(len(kept), 1)
 
 
-@pytest.mark.parametrize("rubbish", [nan, inf, -1e30])
+SEQUENCE_MASKS = {
+    "none": None,
+    "all": torch.ones(3, 6, dtype=torch.bool),
+    "padded right": torch.arange(6) < torch.tensor([[6], [4], [2]]),
+    "padded left": torch.arange(6) >= torch.tensor([[0], [2], [5]]),
+    "a hole": torch.arange(6) != torch.tensor([[2], [0], [4]]),
+    "nothing": torch.zeros(3, 6, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", SEQUENCE_MASKS.values(), ids=SEQUENCE_MASKS)
+def test_sequence_angle_agrees_with_loops(mask: Tensor | None) -> None:
+    student, teacher = features(3, 6, 4, seed=1), features(3, 6, 5, seed=2)
+    truth = loop_sequence(student, teacher, mask)
+    assert rkd_sequence_angle_loss(student, teacher, mask=mask).item() == pytest.approx(truth, rel=1e-10)
+
+
+@pytest.mark.parametrize("degrees", [0, 1e-3, 30, 90, 179.999, 180])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sequence_angle_is_accurate_at_every_angle(degrees: float, dtype: torch.dtype) -> None:
+    angle = math.radians(degrees)
+    turn = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [2 * math.cos(angle), 2 * math.sin(angle)]]], dtype=dtype)
+    upright = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], dtype=dtype)
+    root = rkd_sequence_angle_loss(turn, upright).sqrt().item()
+    assert root == pytest.approx(abs(angle - math.pi / 2), rel=0, abs=4 * torch.finfo(dtype).eps)
+    straight = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]], dtype=dtype)
+    root = rkd_sequence_angle_loss(turn, straight).sqrt().item()
+    assert root == pytest.approx(angle, rel=4 * torch.finfo(dtype).eps, abs=1e-15)
+
+
+@pytest.mark.parametrize("student", [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], ids=["one", "two", "both"])
+def test_sequence_angle_at_a_step_of_zero_is_a_right_angle_with_gradient_zero(student: list[float]) -> None:
+    still = torch.tensor(student).double()[None, :, None] * torch.tensor([1.0, 2.0]).double()
+    straight = torch.arange(3).double()[None, :, None] * torch.ones(2).double()
+    assert rkd_sequence_angle_loss(still, straight).item() == pytest.approx((math.pi / 2) ** 2, rel=1e-12)
+    assert gradient_of(lambda s: rkd_sequence_angle_loss(s, straight), still).eq(0).all()
+
+
+@pytest.mark.parametrize("second", [2e-30, 1.0], ids=["both steps", "the first step"])
+def test_sequence_angle_at_a_step_whose_square_underflows_is_a_right_angle(second: float) -> None:
+    student = torch.tensor([[[0.0, 0.0], [1e-30, 0.0], [second, 0.0]]])
+    upright = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+    assert rkd_sequence_angle_loss(student, upright).item() == pytest.approx(0, abs=1e-12)
+    assert gradient_of(lambda s: rkd_sequence_angle_loss(s, upright), student).eq(0).all()
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -1e300])
 def test_sequence_angle_padding_reaches_nothing(rubbish: float) -> None:
-    clean, teacher = features(2, 6, 3, seed=1), features(2, 6, 3, seed=2)
-    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
-    student = clean.masked_fill(~mask[..., None], rubbish).requires_grad_()
-    loss = rkd_sequence_angle_loss(student, teacher.masked_fill(~mask[..., None], rubbish), mask=mask)
-    g = gradient(loss, student)
-    torch.testing.assert_close(loss, rkd_sequence_angle_loss(clean, teacher, mask=mask))
-    assert g[~mask].eq(0).all() and g[mask].ne(0).all()
+    mask = SEQUENCE_MASKS["padded right"]
+    clean = features(3, 6, 4, seed=1), features(3, 6, 5, seed=2)
+    student, teacher = (x.masked_fill(~mask.unsqueeze(-1), rubbish) for x in clean)
 
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return rkd_sequence_angle_loss(s, t, mask=mask)
 
-def test_sequence_angle_of_nothing_kept_is_zero() -> None:
-    student = features(2, 4, 3).requires_grad_()
-    loss = rkd_sequence_angle_loss(student, features(2, 4, 3, seed=1), mask=torch.tensor([[True, True, False, True]] * 2))
-    assert loss == 0 and gradient(loss, student).eq(0).all()
-
-
-@pytest.mark.parametrize(
-    ("points", "angle"),
-    [
-        pytest.param([[0, 0], [1, 0], [2, 0]], 0.0, id="straight on"),
-        pytest.param([[0, 0], [1, 0], [-2, 0]], math.pi, id="turned back"),
-        pytest.param([[0, 0], [2, 0], [0, 1]], math.pi / 2, id="right angle"),
-        pytest.param([[0, 0], [1, 0], [1, 1]], math.pi / 4, id="45 degrees"),
-        pytest.param([[1, 2], [1, 2], [3, 4]], math.pi / 2, id="no first step"),
-        pytest.param([[1, 2], [3, 4], [1, 2]], math.pi / 2, id="returned"),
-        pytest.param([[1, 2], [1, 2], [1, 2]], math.pi / 2, id="at rest"),
-        # Steps whose squares underflow in float32.
-        pytest.param([[0, 0], [1e-30, 0], [2e-30, 0]], math.pi / 2, id="at rest as far as float32 can tell"),
-        pytest.param([[0, 0], [1e4, 0], [1e4, 1e-3]], 1e-7, id="a turn that acos cannot see"),
-    ],
-)
-def test_sequence_angle_of_a_known_turn(points: list[list[float]], angle: float) -> None:
-    right = torch.tensor([[[2.0, 0.0], [2.0, 3.0], [7.0, 0.0]]])  # pi/2
-    student = torch.tensor([points], dtype=torch.float32, requires_grad=True)
-    loss = rkd_sequence_angle_loss(student, right)
-    assert loss.item() == pytest.approx((angle - math.pi / 2) ** 2, rel=1e-6, abs=1e-12)
-    assert gradient(loss, student).isfinite().all()
-
-
-def test_sequence_angle_of_steps_of_length_zero_has_gradient_zero() -> None:
-    student = torch.tensor([[[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0]] * 3], requires_grad=True)
-    loss = rkd_sequence_angle_loss(student, features(2, 3, 2).float())
-    assert loss > 0 and gradient(loss, student).eq(0).all()
-
-
-@pytest.mark.parametrize("turn", [1e-3, 1e-6, 0.0])
-@pytest.mark.parametrize("away", [1.0, -1.0], ids=["near 0", "near pi"])
-def test_sequence_angle_gradient_is_bounded_where_acos_blows_up(turn: float, away: float) -> None:
-    student = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [2.0 * away, turn]]], requires_grad=True)
-    g = gradient(rkd_sequence_angle_loss(student, torch.tensor([[[0.0, 0], [1, 0], [0, 1]]])), student)
-    # d theta / d x is at most 1 over a step of length 1, the loss' slope is at most pi; three points share it.
-    assert g.isfinite().all() and g.abs().max() <= 2 * math.pi
-    assert (g.ne(0).any()) == (turn != 0)
+    torch.testing.assert_close(loss(student, teacher), loss(*clean), rtol=0, atol=0)
+    gradient = gradient_of(lambda s: loss(s, teacher), student)
+    assert gradient[~mask].eq(0).all() and gradient[:2][mask[:2]].ne(0).all()
 
 
 # crd_loss
 
 
-def loop_crd(student: Tensor, teacher: Tensor, labels: Tensor, T: float, weight: float, normalize: bool) -> float:
-    def similarities(x: Tensor) -> np.ndarray:
-        x = x.flatten(1).numpy()
-        return (cosine_similarity(x) if normalize else x @ x.T) / T
+def loop_crd(
+    student: Tensor, teacher: Tensor, labels: list[int], temperature: float, weight: float, normalize: bool
+) -> float:
+    metric = "cosine" if normalize else "dot"
+    s, t = (similarities(x, x, metric) / temperature for x in (student, teacher))
+    n = len(labels)
+    contrast = [
+        math.log1p(math.exp(-s[i, j] if labels[i] == labels[j] else s[i, j])) for i in range(n) for j in range(n)
+    ]
+    return (sum(contrast) + weight * sum((s[i, j] - t[i, j]) ** 2 for i in range(n) for j in range(n))) / n**2
 
-    s, t = similarities(student), similarities(teacher)
-    n = len(s)
-    signs = [[1 if labels[i] == labels[j] else -1 for j in range(n)] for i in range(n)]
-    contrast = sum(np.logaddexp(0, -signs[i][j] * s[i, j]) for i in range(n) for j in range(n)) / n**2
-    return contrast + weight * float(np.mean((s - t) ** 2))
 
-
-@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
-@pytest.mark.parametrize(("temperature", "weight"), [(0.1, 1.0), (1.0, 0.0), (5.0, 0.3)])
+@pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
+@pytest.mark.parametrize(("temperature", "weight"), [(0.1, 1.0), (0.05, 0.0), (1.0, 2.5), (100.0, 1.0)])
 def test_crd_agrees_with_loops(temperature: float, weight: float, normalize: bool) -> None:
-    student, teacher = features(6, 2, 2, seed=1), features(6, 5, seed=2)
-    labels = torch.tensor([3, -7, 3, 3, 100, -7])
+    student, teacher, labels = features(6, 3, 2, seed=1), features(6, 9, seed=2), [0, 1, 0, -7, 1, 1]
     value = crd_loss(
-        student, teacher, labels, temperature=temperature, alignment_weight=weight, normalize=normalize
+        student,
+        teacher,
+        torch.tensor(labels),
+        temperature=temperature,
+        alignment_weight=weight,
+        normalize=normalize,
     )
-    assert value.item() == pytest.approx(loop_crd(student, teacher, labels, temperature, weight, normalize), rel=1e-10)
+    truth = loop_crd(student, teacher, labels, temperature, weight, normalize)
+    assert value.item() == pytest.approx(truth, rel=1e-10)
 
 
-def test_crd_of_zero_features_is_log_two() -> None:
-    labels = torch.tensor([0, 1, 1])
-    assert crd_loss(torch.zeros(3, 2), torch.zeros(3, 2), labels).item() == pytest.approx(math.log(2))
+def test_crd_keeps_the_tail_of_the_contrast() -> None:
+    # softplus(-30) is 9.4e-14: not 0, as it is where softplus becomes linear, nor lost, as it is in log(1 + exp).
+    student = torch.tensor([[30.0**0.5]]).double()
+    value = crd_loss(student, student, torch.tensor([3]), temperature=1.0)
+    assert value.item() == pytest.approx(math.exp(-30), rel=1e-9)
 
 
-@pytest.mark.parametrize("size", [12.0, 1e4])
-def test_crd_is_finite_where_the_logarithm_of_a_sigmoid_is_not(size: float) -> None:
-    student = torch.tensor([[size], [size]], requires_grad=True)  # two labels, as similar as can be
-    loss = crd_loss(student, student.detach(), torch.tensor([0, 1]), temperature=1.0)
-    assert loss.item() == pytest.approx(size**2 / 2, rel=1e-6)
-    # d/dx_0 of (x_0 x_1 + x_1 x_0) / 4
-    torch.testing.assert_close(gradient(loss, student), torch.full((2, 1), size / 2))
+def test_crd_far_wrong_pairs_are_finite_where_a_logarithm_of_a_sigmoid_is_not() -> None:
+    student = torch.tensor([[3.0], [-3.0]])  # one label, similarity -90
+    value = crd_loss(student, student, torch.tensor([0, 0]))
+    assert value.item() == pytest.approx(2 * 90 / 4, rel=1e-6)
+    assert torch.sigmoid(torch.tensor(-90.0)).log().isinf()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_crd_normalized_zero_row_is_similar_to_nothing(side: str) -> None:
+    x, labels = features(4, 3), torch.tensor([0, 1, 0, 1])
+    value = crd_loss(zero_row(x), zero_row(x), labels, normalize=True)
+    rest = loop_crd(x[[0, 2, 3]], x[[0, 2, 3]], [0, 0, 1], 0.1, 1.0, True)
+    assert value.item() == pytest.approx((9 * rest + 7 * math.log(2)) / 16, rel=1e-10)
+    gradient = gradient_of(lambda s: crd_loss(s, x, labels, normalize=True), zero_row(x))
+    assert gradient[1].eq(0).all() and gradient[0].ne(0).all()
 
 
 # similarity_graph
 
 
-def similarity_table(x: Tensor, y: Tensor, metric: str) -> np.ndarray:
-    """Larger is nearer."""
-    a, b = x.flatten(1).numpy(), y.flatten(1).numpy()
-    return {"cosine": cosine_similarity, "dot": lambda a, b: a @ b.T, "euclidean": lambda a, b: -euclidean_distances(a, b)}[
-        metric
-    ](a, b)
-
-
-def sorted_neighbours(table: np.ndarray, k: int, allowed: Callable[[int, int], bool]) -> list[list[int]]:
-    """Python's sort is stable, so of equals the smaller index comes first."""
-    return [
-        sorted((j for j in range(table.shape[1]) if allowed(i, j)), key=lambda j: -table[i, j])[:k]
-        for i in range(table.shape[0])
-    ]
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("k", [1, 3, 7])
-@pytest.mark.parametrize("include_self", [False, True], ids=["others", "with self"])
-def test_graph_agrees_with_sorted_similarities(metric: str, k: int, include_self: bool) -> None:
-    x = features(8, 2, 3)
-    table = similarity_table(x, x, metric)
-    graph = similarity_graph(x, k, metric=metric, include_self=include_self)
-    indices = sorted_neighbours(table, k, lambda i, j: include_self or i != j)
-    assert graph.indices.tolist() == indices and graph.indices.dtype == torch.int64
-    values = np.take_along_axis(table, np.array(indices), axis=1) * (-1 if metric == "euclidean" else 1)
-    # sklearn's distances come from inner products: half the digits near 0.
-    torch.testing.assert_close(graph.values, torch.from_numpy(values), rtol=1e-7, atol=1e-7)
-
-
+@pytest.mark.parametrize("k", [1, 3, 11])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_graph_agrees_with_nearest_neighbors_of_sklearn(metric: str) -> None:
-    x, keys = features(9, 4, seed=1), features(12, 4, seed=2)
-    distances, indices = NearestNeighbors(n_neighbors=5, metric=metric).fit(keys.numpy()).kneighbors(x.numpy())
-    graph = similarity_graph(x, 5, metric=metric, keys=keys)
-    assert graph.indices.tolist() == indices.tolist()
-    values = 1 - graph.values if metric == "cosine" else graph.values
-    torch.testing.assert_close(values, torch.from_numpy(distances))
+def test_graph_agrees_with_sklearn(metric: str, k: int) -> None:
+    x = features(12, 5)
+    distances, indices = NearestNeighbors(metric=metric).fit(x.numpy()).kneighbors(n_neighbors=k)
+    graph = similarity_graph(x, k, metric=metric)
+    assert graph.indices.tolist() == indices.tolist() and graph.indices.dtype == torch.int64
+    truth = torch.from_numpy(distances if metric == "euclidean" else 1 - distances)
+    torch.testing.assert_close(graph.values, truth)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_graph_of_keys_leaves_no_row_out(metric: str) -> None:
-    x = features(5, 3)
-    graph = similarity_graph(x, 5, metric=metric, keys=x)
-    with_self = similarity_graph(x, 5, metric=metric, include_self=True)
-    assert torch.equal(graph.indices, with_self.indices) and torch.equal(graph.values, with_self.values)
+@each_metric
+@pytest.mark.parametrize("with_keys", [False, True], ids=["self", "keys"])
+def test_graph_with_self_or_keys_agrees_with_argsort(metric: str, with_keys: bool) -> None:
+    x, keys = features(7, 2, 3), features(9, 2, 3, seed=1) if with_keys else None
+    s = similarities(x, x if keys is None else keys, metric)
+    order = np.argsort(-s, axis=1, kind="stable")[:, :5]
+    graph = similarity_graph(x, 5, metric=metric, include_self=not with_keys, keys=keys)
+    assert graph.indices.tolist() == order.tolist()
+    best = np.take_along_axis(s, order, axis=1)
+    torch.testing.assert_close(graph.values, torch.from_numpy(-best if metric == "euclidean" else best))
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_graph_ties_go_to_the_smaller_index(metric: str) -> None:
-    # Entries of 0 and 1: similarities are exact, and most of them tie.
-    x = torch.randint(0, 2, (40, 3), generator=torch.Generator().manual_seed(0)).double()
-    x[:, 0] = 1 - x[:, 1]
-    if metric == "cosine":
-        x[:, 2] = 0  # unit vectors and equal ones: cosines 0 and 1
-    table = -np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1).numpy()) if metric == "euclidean" else (x @ x.T).numpy()
-    graph = similarity_graph(x, 30, metric=metric)
-    assert graph.indices.tolist() == sorted_neighbours(table, 30, lambda i, j: i != j)
+def test_graph_dot_leaves_out_self_even_where_another_row_is_more_similar() -> None:
+    x = torch.tensor([[1.0], [3.0], [2.0], [-1.0]])
+    graph = similarity_graph(x, 3, metric="dot")
+    assert graph.indices.tolist() == [[1, 2, 3], [2, 0, 3], [1, 0, 3], [0, 2, 1]]
+    assert graph.values.tolist() == [[3, 2, -1], [6, 3, -3], [6, 2, -2], [-1, -2, -3]]
 
 
-def test_graph_leaves_a_row_out_even_if_its_copy_is_listed() -> None:
-    graph = similarity_graph(features(3, 4)[[0, 1, 0, 2]], 3, metric="euclidean")
-    assert graph.indices[0, 0] == 2 and graph.indices[2, 0] == 0
-    assert all(i not in row for i, row in enumerate(graph.indices.tolist()))
+@each_metric
+@pytest.mark.parametrize("include_self", [False, True])
+def test_graph_ties_go_to_the_smaller_index(metric: str, include_self: bool) -> None:
+    n, k = 100, 20  # more rows than the insertion sort of an unstable sort keeps in order
+    graph = similarity_graph(torch.zeros(n, 3), k, metric=metric, include_self=include_self)
+    truth = [[j for j in range(n) if include_self or j != i][:k] for i in range(n)]
+    assert graph.indices.tolist() == truth
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_graph_values_are_differentiable_in_features_and_keys(metric: str) -> None:
+def test_graph_ties_among_others_go_to_the_smaller_index() -> None:
+    x = torch.randint(-2, 3, (60, 2), generator=torch.Generator().manual_seed(0)).double()  # products are exact
+    s = x @ x.T
+    truth = [sorted((j for j in range(60) if j != i), key=lambda j, i=i: (-s[i, j].item(), j))[:10] for i in range(60)]
+    assert similarity_graph(x, 10, metric="dot").indices.tolist() == truth
+
+
+@each_metric
+def test_graph_values_carry_gradients_to_features_and_keys(metric: str) -> None:
     x, keys = features(4, 3, seed=1).requires_grad_(), features(5, 3, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: similarity_graph(x, 2, metric=metric).values, x)
-    assert torch.autograd.gradcheck(lambda x, keys: similarity_graph(x, 2, metric=metric, keys=keys).values, (x, keys))
+    assert torch.autograd.gradcheck(lambda x, y: similarity_graph(x, 2, metric=metric, keys=y).values, (x, keys))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("metric", "x"), [("cosine", torch.zeros(4, 3)), ("euclidean", torch.ones(4, 3))])
+def test_graph_of_coincident_or_zero_rows_has_gradient_zero(metric: str, x: Tensor) -> None:
+    assert gradient_of(lambda x: similarity_graph(x, 3, metric=metric).values.sum(), x).eq(0).all()
+
+
+@each_metric
 def test_graph_a_row_of_nan_is_nobodys_neighbour(metric: str) -> None:
-    clean = features(6, 3)
-    x = clean.clone()
-    x[2] = nan
-    graph = similarity_graph(x, 4, metric=metric)
-    assert graph.values[2].isnan().all()
-    others = [0, 1, 3, 4, 5]
+    clean, others = features(6, 3), [0, 1, 3, 4, 5]
+    graph = similarity_graph(clean.index_fill(0, torch.tensor([2]), math.nan), 4, metric=metric)
     rest = similarity_graph(clean[others], 4, metric=metric)
+    assert graph.values[2].isnan().all()
     torch.testing.assert_close(graph.values[others], rest.values)
     assert torch.equal(graph.indices[others], torch.tensor(others)[rest.indices])
 
@@ -383,73 +431,270 @@ def test_graph_a_row_of_nan_is_nobodys_neighbour(metric: str) -> None:
 # graph_distillation_loss
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("k", "temperature"), [(3, 0.5), (20, 2.0)])
-def test_graph_loss_agrees_with_loops(metric: str, k: int, temperature: float) -> None:
-    student, teacher = features(7, 2, 2, seed=1), features(7, 5, seed=2)
-    s, t = similarity_table(student, student, metric), similarity_table(teacher, teacher, metric)
+def loop_graph_loss(student: Tensor, teacher: Tensor, k: int, metric: str, temperature: float) -> float:
+    n = len(student)
+    s, t = (similarities(x, x, metric) / temperature for x in (student, teacher))
     total = 0.0
-    for i, edges in enumerate(sorted_neighbours(t, k, lambda i, j: i != j)):
-        assert len(edges) == min(k, 6)
-        p, q = (np.exp(table[i, edges] / temperature) for table in (t, s))
-        p, q = p / p.sum(), q / q.sum()
-        total += float(np.sum(p * np.log(p / q)))
+    for i in range(n):
+        edges = sorted((j for j in range(n) if j != i), key=lambda j, i=i: -t[i, j])[:k]
+        log_p_s, log_p_t = (
+            [row[j] - math.log(sum(math.exp(row[e]) for e in edges)) for j in edges] for row in (s[i], t[i])
+        )
+        total += sum(math.exp(b) * (b - a) for a, b in zip(log_p_s, log_p_t, strict=True))
+    return total / n
+
+
+@each_metric
+@pytest.mark.parametrize(("k", "temperature"), [(2, 0.5), (4, 1.0), (7, 3.0), (3, 0.05)])
+def test_graph_loss_agrees_with_loops(metric: str, k: int, temperature: float) -> None:
+    student, teacher = features(8, 3, 2, seed=1), features(8, 4, seed=2)
     value = graph_distillation_loss(student, teacher, k=k, metric=metric, temperature=temperature)
-    assert value.item() == pytest.approx(total / 7, rel=1e-6)
+    assert value.item() == pytest.approx(loop_graph_loss(student, teacher, k, metric, temperature), rel=1e-9)
 
 
-def test_graph_loss_looks_at_the_teachers_neighbours_alone() -> None:
-    """Moving rows that are nobody's neighbour in the teacher changes only their own term."""
-    teacher = torch.tensor([[0.0], [1.0], [2.5], [3.0], [1000.0]])
-    student = features(5, 2).float()
-    moved = student.clone()
-    moved[4] += 5
-    graph = {"k": 2, "metric": "euclidean"}
-    assert 4 not in similarity_graph(teacher, **graph).indices[:4]
+@each_metric
+def test_graph_loss_takes_all_other_rows_of_a_short_batch(metric: str) -> None:
+    student, teacher = features(4, 3, seed=1), features(4, 3, seed=2)
+    torch.testing.assert_close(
+        graph_distillation_loss(student, teacher, metric=metric),
+        graph_distillation_loss(student, teacher, k=3, metric=metric),
+        rtol=0,
+        atol=0,
+    )
 
-    def gradient_of_moved_row(x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        return gradient(graph_distillation_loss(x, teacher, **graph), x)
 
-    # Row 4 itself prefers rows 3 and 2; rows 0 and 1 are neither its neighbours nor have it as one.
-    torch.testing.assert_close(gradient_of_moved_row(moved)[:2], gradient_of_moved_row(student)[:2])
+@each_metric
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_graph_loss_of_fewer_than_three_rows_is_zero_with_gradient_zero(rows: int, metric: str) -> None:
+    student, teacher = features(rows, 3, seed=1), features(rows, 3, seed=2)
+    assert graph_distillation_loss(student, teacher, metric=metric) == 0
+    assert gradient_of(lambda s: graph_distillation_loss(s, teacher, metric=metric), student).eq(0).all()
+
+
+def test_graph_loss_looks_at_the_neighbours_of_the_teacher_alone() -> None:
+    # Row 3 is nobody's neighbour in the teacher and has itself all others as neighbours.
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [-1.0, 0.3]]).double()
+    student = features(4, 3)
+    moved = student.index_fill(0, torch.tensor([3]), 2.0)
+
+    def rows_0_to_2(x: Tensor) -> Tensor:
+        return 4 * graph_distillation_loss(x, teacher, k=2) - own_row_3(x)
+
+    def own_row_3(x: Tensor) -> Tensor:
+        edges = similarity_graph(teacher, 2).indices[3]
+        log_p = [torch.log_softmax(torch.cosine_similarity(y[edges], y[3:]) / 0.5, dim=0) for y in (x, teacher)]
+        return torch.nn.functional.kl_div(log_p[0], log_p[1], log_target=True, reduction="sum")
+
+    torch.testing.assert_close(rows_0_to_2(moved), rows_0_to_2(student), rtol=0, atol=1e-12)
+    assert not torch.isclose(own_row_3(moved), own_row_3(student))
 
 
 # hardest_negatives
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("k", [1, 4, 8])
-def test_negatives_agree_with_sorted_similarities(metric: str, k: int) -> None:
-    x, labels = features(8, 3), torch.tensor([0, 1, 0, 0, 2, 0, 1, 0])
-    table = similarity_table(x, x, metric)
-    worst = inf if metric == "euclidean" else -inf
-    values, indices = hardest_negatives(x, labels, k, metric=metric)
-    for i, expected in enumerate(sorted_neighbours(table, k, lambda i, j: bool(labels[i] != labels[j]))):
-        missing = k - len(expected)
-        assert indices[i].tolist() == expected + [-1] * missing
-        found = np.abs(table[i, expected]) if metric == "euclidean" else table[i, expected]
-        assert values[i].tolist() == pytest.approx([*found, *[worst] * missing], rel=1e-7)
+@each_metric
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_negatives_agree_with_loops(metric: str, k: int) -> None:
+    x, labels = features(9, 3, 2), [0, 1, 0, 2, 1, 1, 0, 0, 0]
+    s = similarities(x, x, metric)
+    sign = -1 if metric == "euclidean" else 1
+    values, indices = hardest_negatives(x, torch.tensor(labels), k, metric=metric)
+    for i in range(9):
+        others = sorted((j for j in range(9) if labels[j] != labels[i]), key=lambda j, i=i: -s[i, j])[:k]
+        missing = k - len(others)
+        assert indices[i].tolist() == others + [-1] * missing
+        assert values[i].tolist() == pytest.approx([sign * s[i, j] for j in others] + [sign * -math.inf] * missing)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_negatives_of_one_label_are_all_missing_and_have_gradient_zero(metric: str) -> None:
-    x = features(4, 3).requires_grad_()
-    values, indices = hardest_negatives(x, torch.zeros(4, dtype=torch.int64), 2, metric=metric)
-    assert indices.eq(-1).all() and values.eq(inf if metric == "euclidean" else -inf).all()
-    assert gradient(values.sum(), x).eq(0).all()
+@each_metric
+def test_negatives_ties_go_to_the_smaller_index(metric: str) -> None:
+    labels = torch.arange(90) % 3
+    indices = hardest_negatives(torch.zeros(90, 2), labels, 20, metric=metric).indices
+    assert indices.tolist() == [[j for j in range(90) if j % 3 != i % 3][:20] for i in range(90)]
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_negatives_missing_ones_leave_the_gradient_of_the_others_alone(metric: str) -> None:
-    x, labels = features(4, 3).requires_grad_(), torch.tensor([0, 0, 0, 1])
-    values, _ = hardest_negatives(x, labels, 3, metric=metric)  # rows 0 to 2 have one negative, row 3 has three
-    g = gradient(values.sum(), x)
-    torch.testing.assert_close(g, gradient(values[values.isfinite()].sum(), x)) if False else None
-    assert g.isfinite().all() and g.ne(0).any()
+@each_metric
+def test_negatives_missing_ones_pass_gradient_zero(metric: str) -> None:
+    x = features(4, 3)
+
+    def finite_sum(x: Tensor, labels: list[int]) -> Tensor:
+        values = hardest_negatives(x, torch.tensor(labels), 4, metric=metric).values
+        return torch.where(values.isinf(), 0.0, values).sum()
+
+    assert gradient_of(lambda x: finite_sum(x, [5, 5, 5, 5]), x).eq(0).all()
+    assert gradient_of(lambda x: finite_sum(x, [5, 5, 5, 6]), x).ne(0).any()
+    # Even an upstream gradient that is not masked finds nothing to flow through.
+    values = hardest_negatives(x.requires_grad_(), torch.tensor([5, 5, 5, 5]), 4, metric=metric).values
+    assert torch.autograd.grad(values, x, torch.ones_like(values))[0].eq(0).all()
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_negatives_are_differentiable(metric: str) -> None:
-    x, labels = features(5, 3).requires_grad_(), torch.tensor([0, 1, 0, 1, 1])
+def test_negatives_an_overflow_goes_before_a_missing_one() -> None:
+    x = torch.tensor([[1e30], [-1e30], [1e30]])
+    values, indices = hardest_negatives(x, torch.tensor([0, 1, 0]), 2, metric="dot")
+    assert indices.tolist() == [[1, -1], [0, 2], [1, -1]]
+    assert values.eq(-math.inf).all()
+
+
+@each_metric
+def test_negatives_values_carry_gradients(metric: str) -> None:
+    x, labels = features(5, 3).requires_grad_(), torch.tensor([0, 1, 0, 1, 2])
     assert torch.autograd.gradcheck(lambda x: hardest_negatives(x, labels, 2, metric=metric).values, x)
+
+
+# All of them
+
+
+def labels_of(x: Tensor) -> Tensor:
+    return torch.arange(len(x)) % 2
+
+
+def as_sequence(x: Tensor) -> Tensor:
+    """Features (N, D) as one sequence (1, N, D)."""
+    return x[None]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "similarity": similarity_preserving_loss,
+    "rkd distance": rkd_distance_loss,
+    "rkd angle": rkd_angle_loss,
+    "rkd": rkd_loss,
+    "sequence": lambda s, t: rkd_sequence_angle_loss(as_sequence(s), as_sequence(t)),
+    "crd": lambda s, t: crd_loss(s, t, labels_of(s)),
+    "crd normalized": lambda s, t: crd_loss(s, t, labels_of(s), normalize=True),
+    "crd T=0.05": lambda s, t: crd_loss(s, t, labels_of(s), temperature=0.05),
+    "crd T=100": lambda s, t: crd_loss(s, t, labels_of(s), temperature=100.0),
+    **{
+        f"graph {metric} T={T}": lambda s, t, metric=metric, T=T: graph_distillation_loss(
+            s, t, k=3, metric=metric, temperature=T
+        )
+        for metric in METRICS
+        for T in (0.05, 0.5, 100.0)
+    },
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+INPUTS: dict[str, tuple[Tensor, Tensor]] = {
+    "identical": (features(5, 4), features(5, 4)),
+    "coincident rows": (features(5, 4)[[0, 1, 1, 2, 3]], features(5, 4, seed=1)[[0, 1, 1, 2, 3]]),
+    "coincident rows of the student": (features(5, 4)[[0, 1, 1, 2, 3]], features(5, 4, seed=1)),
+    "coincident rows of the teacher": (features(5, 4), features(5, 4, seed=1)[[0, 1, 1, 2, 3]]),
+    "all rows coincident": (features(1, 4).expand(5, 4), features(5, 4, seed=1)),
+    "zero row of the student": (zero_row(features(5, 4)), features(5, 4, seed=1)),
+    "zero row of the teacher": (features(5, 4), zero_row(features(5, 4, seed=1))),
+    "all zero student": (torch.zeros(5, 4), features(5, 4)),
+    "all zero teacher": (features(5, 4), torch.zeros(5, 4)),
+    "all zero": (torch.zeros(5, 4), torch.zeros(5, 4)),
+    "constant row": (features(5, 4).index_fill(0, torch.tensor([2]), 0.3), features(5, 4, seed=1)),
+    "on a line": (torch.arange(5.0)[:, None] * torch.ones(4), torch.arange(5.0)[:, None] * torch.ones(4)),
+    "there and back": (torch.tensor([[0.0], [1.0], [0.0], [1.0], [0.5]]), features(5, 1)),
+    "width 1": (features(5, 1), features(5, 1, seed=1)),
+    "width 0": (torch.zeros(5, 0), features(5, 2)),
+    "two rows": (features(2, 4), features(2, 4, seed=1)),
+    "one row": (features(1, 4), features(1, 4, seed=1)),
+    "no row": (torch.zeros(0, 4), torch.zeros(0, 4)),
+    "large": (features(5, 4).sign() * 1e4, features(5, 4, seed=1).sign() * 1e4),
+    "tiny": (features(5, 4) * 1e-30, features(5, 4, seed=1) * 1e-30),
+    "near": (1 + features(5, 4) * 1e-7, features(5, 4, seed=1)),
+    "opposite rows": (features(5, 4)[[0, 0, 1, 1]] * torch.tensor([[1], [-1], [1], [-1]]), features(4, 4, seed=1)),
+}
+
+GRAPH_INPUTS = {name: pair[0] for name, pair in INPUTS.items() if len(pair[0]) > 1}
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pair", INPUTS.values(), ids=INPUTS)
+def test_value_and_gradient_are_finite(loss: Callable, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    student, teacher = pair[0].to(dtype).requires_grad_(), pair[1].to(dtype)
+    value = loss(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+@each_metric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("x", GRAPH_INPUTS.values(), ids=GRAPH_INPUTS)
+def test_graph_values_and_gradients_are_finite(x: Tensor, dtype: torch.dtype, metric: str) -> None:
+    x = x.to(dtype).requires_grad_()
+    labels = torch.arange(len(x))
+    for graph in (
+        similarity_graph(x, len(x) - 1, metric=metric),
+        hardest_negatives(x, labels, len(x) - 1, metric=metric),
+    ):
+        (gradient,) = torch.autograd.grad(graph.values.sum(), x)
+        assert graph.values.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss", [loss for name, loss in LOSSES.items() if "crd" not in name], ids=[n for n in LOSSES if "crd" not in n]
+)
+def test_identical_student_and_teacher_give_zero(loss: Callable) -> None:
+    x = features(5, 4)
+    assert loss(x, x).item() == pytest.approx(0, abs=1e-15)
+
+
+@each_loss
+def test_gradient_agrees_with_differences(loss: Callable) -> None:
+    student = (features(5, 3, seed=1) + 0.2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss(s, features(5, 3, seed=2)), student)
+
+
+@each_loss
+def test_teacher_has_no_gradient(loss: Callable) -> None:
+    student, teacher = features(5, 3, seed=1).requires_grad_(), features(5, 3, seed=2).requires_grad_()
+    loss(student, teacher).backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_inputs_are_widened_before_any_arithmetic(loss: Callable, dtype: torch.dtype) -> None:
+    # 300 squared is more than float16 holds.
+    student, teacher = (300 * features(5, 3, seed=seed) for seed in (1, 2))
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    value = loss(student, teacher)
+    value.backward()
+    assert value.dtype == torch.float32 and student.grad is not None and student.grad.dtype == dtype
+    torch.testing.assert_close(value, loss(student.float(), teacher.float()), rtol=0, atol=0)
+
+
+@each_metric
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_features_give_float32_graphs(metric: str, dtype: torch.dtype) -> None:
+    x = (300 * features(5, 3)).to(dtype)
+    labels = torch.arange(5)
+    for half, full in (
+        (similarity_graph(x, 3, metric=metric), similarity_graph(x.float(), 3, metric=metric)),
+        (similarity_graph(x, 3, metric=metric, keys=x), similarity_graph(x.float(), 3, metric=metric, keys=x.float())),
+        (hardest_negatives(x, labels, 3, metric=metric), hardest_negatives(x.float(), labels, 3, metric=metric)),
+    ):
+        assert half.values.dtype == torch.float32
+        assert torch.equal(half.values, full.values) and torch.equal(half.indices, full.indices)
+
+
+@each_loss
+def test_autocast_changes_nothing(loss: Callable) -> None:
+    student, teacher = (features(5, 3, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(student, teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(student, teacher), rtol=0, atol=0)
+
+
+@each_loss
+def test_strides_do_not_matter(loss: Callable) -> None:
+    student, teacher = features(3, 5, seed=1).t(), features(5, 6, seed=2)[:, ::2]
+    torch.testing.assert_close(loss(student, teacher), loss(student.contiguous(), teacher.contiguous()))
+
+
+@each_loss
+def test_nan_in_gives_nan_out(loss: Callable) -> None:
+    assert loss(features(5, 3).index_fill(0, torch.tensor([1]), math.nan), features(5, 3, seed=2)).isnan()
+
+
+@each_loss
+def test_inputs_stay_as_they_are(loss: Callable) -> None:
+    student, teacher = zero_row(features(5, 3, seed=1)), zero_row(features(5, 3, seed=2))
+    before = student.clone(), teacher.clone()
+    loss(student, teacher)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
