@@ -29,7 +29,8 @@ class RowLoss {
  public:
   RowLoss(const Options& options, const Rows& student, const Rows& teacher, const int64_t* labels, const Output& out)
       : o_(options), student_(student), teacher_(teacher), labels_(labels), out_(out),
-        kernels_(KDFAST_SELECT_LEVEL(kl_kernels)) {}
+        kernels_(KDFAST_SELECT_LEVEL(kl_kernels)), inverse_temperature_(1 / options.temperature),
+        per_row_(1 / out.divisor()) {}
 
   Workspace make_workspace() const {
     const bool kept = out_.wants_grad();
@@ -38,8 +39,8 @@ class RowLoss {
 
   // Loss of row r, times weight and scale; writes its gradient.
   double operator()(int64_t r, Workspace& w, bool shared) const {
-    const Row row{student_.row(r), teacher_.row(r), out_.classes, 1 / o_.temperature, 1 / o_.temperature, nullptr, 0};
-    const double weight = out_.row_weight(r), g = weight / out_.divisor();
+    const Row row{student_.row(r), teacher_.row(r), out_.classes, inverse_temperature_, inverse_temperature_, nullptr, 0};
+    const double weight = out_.row_weight(r), g = weight * per_row_;
     switch (o_.kind) {
       case Kind::forward: return weight * forward(r, row, g, w, shared);
       case Kind::reverse: return weight * reverse(r, row, g, w, shared);
@@ -74,7 +75,7 @@ class RowLoss {
   double forward(int64_t r, const Row& row, double g, Workspace& w, bool shared) const {
     if (hard()) return forward_hard(r, row, g, w, shared);
     const RowStats s = stats(Form::forward, row, w, shared);
-    const double k = o_.scale * g / o_.temperature;
+    const double k = o_.scale * g * inverse_temperature_;
     grad(Shape::difference, r, row, w, shared, [&](const BlockStats& b) {
       return Coefficients{k * s.student_factor(b) / s.sum_student, k * s.teacher_factor(b) / s.sum_teacher, 0, 0};
     });
@@ -84,7 +85,7 @@ class RowLoss {
   double forward_hard(int64_t r, const Row& row, double g, Workspace& w, bool shared) const {
     const RowStats s = stats(Form::forward_hard, row, w, shared);
     const int64_t label = labels_ ? labels_[r] : teacher_argmax(row, s, w);
-    const double k = o_.scale * g / o_.temperature, c = o_.ce_weight * g, classes = static_cast<double>(row.classes);
+    const double k = o_.scale * g * inverse_temperature_, c = o_.ce_weight * g, classes = static_cast<double>(row.classes);
     const double logit = load_scalar(row.student, label, out_.storage);  // the gradient may be written over it
     const double kept = 1 - o_.label_smoothing, spread = o_.label_smoothing / classes;
     grad(Shape::hard, r, row, w, shared, [&](const BlockStats& b) {
@@ -121,7 +122,7 @@ class RowLoss {
 
   double reverse(int64_t r, const Row& row, double g, Workspace& w, bool shared) const {
     const RowStats s = stats(Form::reverse, row, w, shared);
-    const double divergence = s.cross / s.sum_student - s.log_ratio(), k = o_.scale * g / o_.temperature;
+    const double divergence = s.cross / s.sum_student - s.log_ratio(), k = o_.scale * g * inverse_temperature_;
     // p_s (log p_s - log p_t - KL) with log p_s - log p_t = x_s - x_t + shifts - log_ratio
     grad(Shape::product, r, row, w, shared, [&](const BlockStats& b) {
       return Coefficients{k * s.student_factor(b) / s.sum_student,
@@ -140,7 +141,7 @@ class RowLoss {
     double student = 0, teacher = 0;
     for (const MixSums& block : w.mixed) student += block.student, teacher += block.teacher;
     // d/dz_s = (1 - beta) p_s (log(p_s / m) - KL(s || m)) / T
-    const double k = o_.scale * g * (1 - o_.beta) / o_.temperature;
+    const double k = o_.scale * g * (1 - o_.beta) * inverse_temperature_;
     grad(Shape::product, r, row, w, shared, [&](const BlockStats&) { return Coefficients{k, student, 0, 0}; });
     return o_.scale * (o_.beta * teacher + (1 - o_.beta) * student);
   }
@@ -156,7 +157,7 @@ class RowLoss {
     const double target = kl_term(p_t, log_sigmoid(u_t), log_sigmoid(u_s)) +
                           kl_term(sigmoid(-u_t), log_sigmoid(-u_t), log_sigmoid(-u_s));
     const double others = s.cross / s.sum_teacher + s.log_ratio();
-    const double k = o_.scale * g / o_.temperature, label_grad = k * o_.alpha * (p_s - p_t);
+    const double k = o_.scale * g * inverse_temperature_, label_grad = k * o_.alpha * (p_s - p_t);
     grad(Shape::difference, r, row, w, shared, [&](const BlockStats& b) {
       return Coefficients{(k * o_.beta - label_grad) * s.student_factor(b) / s.sum_student,
                           k * o_.beta * s.teacher_factor(b) / s.sum_teacher, 0, 0};
@@ -202,6 +203,7 @@ class RowLoss {
   const int64_t* labels_;
   const Output& out_;
   const KlKernels& kernels_;
+  double inverse_temperature_, per_row_;
 };
 
 Tensor run(const Rows& student, const Tensor& teacher, const Tensor& grad, const std::optional<Tensor>& labels,

@@ -16,6 +16,7 @@ struct Rows {
   int64_t count, classes, inner, outer_stride, inner_stride, element_size;
 
   char* row(int64_t r) const {
+    if (r < inner) return data + r * inner_stride * element_size;  // two divisions less, for contiguous rows all
     return data + ((r / inner) * outer_stride + (r % inner) * inner_stride) * element_size;
   }
 };

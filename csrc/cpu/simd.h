@@ -162,20 +162,38 @@ template <class V> KDFAST_INLINE V max(V a, V b) { return a > b ? a : b; }
 
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
+#if defined(__AVX512F__)
+// v * 2^n, and 0 where x is below the floor (not where it is NaN): one instruction beside the comparison.
+KDFAST_INLINE Vec<float> scale_by_power(Vec<float> v, Vec<float> n, Vec<float> x, Vec<float> floor) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, floor, _CMP_NLT_UQ), v, n);
+}
+KDFAST_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> n, Vec<double> x, Vec<double> floor) {
+  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, floor, _CMP_NLT_UQ), v, n);
+}
+#endif
+
 // exp(x) for x <= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py), 0 where the result is subnormal.
 template <class C> KDFAST_INLINE Vec<C> exp_nonpositive(Vec<C> x) {
   using M = Simd<C>;
   const Vec<C> floor = broadcast<C>(M::exp_floor);
+#if defined(__AVX512F__)
+  const Vec<C> safe = x;  // what goes wrong below the floor is masked out at the end
+#else
   const Vec<C> safe = x < floor ? floor : x;
+#endif
   const Vec<C> shifted = safe * C(1.4426950408889634074) + M::magic;
   const Vec<C> n = shifted - M::magic;
   const Vec<C> r = (safe - n * M::ln2_high) - n * M::ln2_low;
   Vec<C> sum = broadcast<C>(C(inverse_factorial(M::terms)));  // Taylor series by Horner: sum r^k / k!
 #pragma GCC unroll 16
   for (int k = M::terms - 1; k >= 0; --k) sum = sum * r + C(inverse_factorial(k));
+#if defined(__AVX512F__)
+  return scale_by_power(sum, n, x, floor);
+#else
   const auto scale = (bit_cast<typename M::Int>(shifted) << M::mantissa) + (M::bias << M::mantissa);
   const Vec<C> result = sum * bit_cast<Vec<C>>(scale);
   return x < floor ? Vec<C>{} : result;
+#endif
 }
 
 // log(x) for x >= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py). Below the smallest normal number,

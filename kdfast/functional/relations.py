@@ -248,7 +248,7 @@ def similarity_graph(
 
     The weight of edge (i, j) is :math:`\langle x_i, x_j \rangle / (\|x_i\| \|x_j\|)` for ``'cosine'``,
     :math:`\langle x_i, x_j \rangle` for ``'dot'`` and :math:`\|x_i - x_j\|` for ``'euclidean'``. Row i lists the k
-    largest (``'euclidean'``: smallest), best first; ties go to the smaller index.
+    largest (``'euclidean'``: smallest), best first; ties go to the smaller index. A row of NaN comes last.
 
     Args:
         features: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets a gradient.

@@ -334,10 +334,14 @@ def test_crd_agrees_with_loops(temperature: float, weight: float, normalize: boo
 
 
 def test_crd_keeps_the_tail_of_the_contrast() -> None:
-    # softplus(-30) is 9.4e-14: not 0, as it is where softplus becomes linear, nor lost, as it is in log(1 + exp).
-    student = torch.tensor([[30.0**0.5]]).double()
+    # softplus(-30) is 9.4e-14, which log(1 + exp) loses.
+    student = torch.tensor([[30.0**0.5]], dtype=torch.float64)
     value = crd_loss(student, student, torch.tensor([3]), temperature=1.0)
     assert value.item() == pytest.approx(math.exp(-30), rel=1e-9)
+    # softplus(21) is 21 + 7.6e-10, which the linear part of PyTorch's own loses.
+    student = torch.full((2, 1), 21.0**0.5, dtype=torch.float64)
+    value = crd_loss(student, student, torch.tensor([0, 1]), temperature=1.0)
+    assert value.item() == pytest.approx(21 / 2 + math.exp(-21), rel=1e-12)
 
 
 def test_crd_far_wrong_pairs_are_finite_where_a_logarithm_of_a_sigmoid_is_not() -> None:
