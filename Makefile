@@ -15,8 +15,8 @@ test: $(VENV)/built  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/built  ## the same tests with many more random inputs
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+test-long: $(VENV)/built  ## the same tests with many more random inputs, and the slow ones
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m 'not gpu'
 
 style: $(VENV)/installed  ## rewrite files to the project's style
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ what that is and why anything is missing.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,12 +21,13 @@ from kdfast import checks
 AUTO = "auto"
 REFERENCE = "reference"
 CPU = "cpu"
-NAMES = (AUTO, CPU, REFERENCE)
+TRITON = "triton"
+NAMES = (AUTO, CPU, TRITON, REFERENCE)
 
 # op -> backends that have a kernel for it, in order of preference; the reference has every op.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "kl": (CPU,),
-    "topk_kl": (CPU,),
+    "kl": (CPU, TRITON),  # triton: unmeasured
+    "topk_kl": (CPU, TRITON),  # triton: unmeasured
 }
 
 try:
@@ -34,6 +36,9 @@ try:
     _missing_extension = None
 except ImportError as error:
     _missing_extension = f"the C++ extension is not built ({error})"
+
+
+_missing_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def _from_environment() -> str:
@@ -67,30 +72,35 @@ def extension_problem() -> str | None:
     return _missing_extension
 
 
-def can_run(backend: str, op: str, device_type: str) -> tuple[bool, str]:
-    """Whether ``backend`` has a kernel of ``op`` for tensors on ``device_type``, and if not, why."""
+def can_run(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.float32) -> tuple[bool, str]:
+    """Whether ``backend`` has a kernel of ``op`` for tensors of ``dtype`` on ``device_type``, and if not, why."""
     if backend == REFERENCE:
         return True, ""
     if backend not in KERNELS.get(op, ()):
         return False, f"{op} has no {backend} kernel"
-    if _missing_extension is not None:
-        return False, _missing_extension
-    if device_type != "cpu":
-        return False, f"the cpu backend runs on CPU tensors, these are on {device_type}"
+    missing, wanted = (_missing_extension, "cpu") if backend == CPU else (_missing_triton, "cuda")
+    if missing is not None:
+        return False, missing
+    if device_type != wanted:
+        return False, f"the {backend} backend runs on {wanted} tensors, these are on {device_type}"
+    if backend == TRITON and dtype == torch.float64:
+        return False, "the triton kernels take float16, bfloat16 or float32, these are torch.float64"
     return True, ""
 
 
 def select(op: str, tensor: Tensor) -> str:
     """The backend that runs ``op`` on tensors like ``tensor``."""
-    device_type = tensor.device.type
+    device_type, dtype = tensor.device.type, tensor.dtype
     if _forced != AUTO:
-        able, reason = can_run(_forced, op, device_type)
+        able, reason = can_run(_forced, op, device_type, dtype)
         if not able:
             raise RuntimeError(f"backend {_forced!r} was asked for but cannot run: {reason}")
         return _forced
     for backend in KERNELS.get(op, ()):
-        if can_run(backend, op, device_type)[0]:
+        if can_run(backend, op, device_type, dtype)[0]:
             return backend
+    if device_type == "cuda" and _missing_triton is not None and op in KERNELS:
+        _warn_once(f"kdfast runs the plain PyTorch reference on CUDA tensors: {_missing_triton}")
     if device_type == "cpu" and _missing_extension is not None and op in KERNELS:
         _warn_once(f"kdfast runs the plain PyTorch reference on CPU tensors: {_missing_extension}")
     return REFERENCE

@@ -44,7 +44,7 @@ def test_an_unknown_backend_lists_the_known():
 
 
 def test_a_forced_backend_that_cannot_run_says_why():
-    with backends.use("cpu"), pytest.raises(RuntimeError, match="runs on CPU tensors, these are on meta"):
+    with backends.use("cpu"), pytest.raises(RuntimeError, match="runs on cpu tensors, these are on meta"):
         kdfast.kl_divergence(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, device="meta"))
 
 

@@ -39,6 +39,22 @@ LIBRARY.define(f"kl(Tensor student, {_ARGUMENTS}, bool needs_grad) -> (Tensor, T
 LIBRARY.define(f"kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
 
 
+def _kl_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.kl import triton_kernels  # needs triton, which a machine without a GPU may lack
+
+    return triton_kernels.kl(*arguments)
+
+
+def _kl_inplace_cuda(*arguments: Any) -> Tensor:
+    from kdfast.ops.kl import triton_kernels
+
+    return triton_kernels.kl_(*arguments)
+
+
+LIBRARY.impl("kl", _kl_cuda, "CUDA")
+LIBRARY.impl("kl_", _kl_inplace_cuda, "CUDA")
+
+
 @torch.library.register_fake("kdfast::kl", lib=LIBRARY)
 def _kl_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, needs_grad = arguments

@@ -28,6 +28,15 @@ LIBRARY.define(
 )
 
 
+def _topk_kl_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.topk_kl import triton_kernels  # needs triton, which a machine without a GPU may lack
+
+    return triton_kernels.topk_kl(*arguments)
+
+
+LIBRARY.impl("topk_kl", _topk_kl_cuda, "CUDA")
+
+
 @torch.library.register_fake("kdfast::topk_kl", lib=LIBRARY)
 def _topk_kl_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, needs_grad = arguments

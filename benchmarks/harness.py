@@ -1,0 +1,348 @@
+"""The one harness of all benchmarks: parity first, then interleaved times and peak memory of every candidate.
+
+A benchmark describes its cases and calls :func:`main`. Each case runs in a fresh process, once with PyTorch's default
+allocator and, on the CPU, once more with ``THP_MEM_ALLOC_ENABLE=1`` (huge pages for every candidate): page faults of
+fresh memory are a large part of what is measured. Within a case the candidates take turns in random order, so that a
+machine that slows down slows all of them. Nothing is measured where a candidate disagrees with the float64 reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import kdfast
+import tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support import assert_within_rule  # noqa: E402  (the rule for errors is written once, beside the tests)
+
+Loss = Callable[..., Tensor]
+Step = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
+
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+ALLOCATORS = {"default": None, "huge pages": "1"}  # name -> value of that variable
+MIN_ROUNDS, MAX_ROUNDS = 5, 300
+SAMPLE_SECONDS = 0.001  # a sample repeats a short step this long: clock and loop then cost under 0.1 %
+L2_FLUSH_BYTES = 256 * 2**20  # larger than the cache of any GPU
+
+
+class ParityError(AssertionError):
+    """A candidate computes something else, so its speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss at one shape. A candidate is a :func:`step`: forward and backward on inputs prepared beforehand."""
+
+    name: str
+    shape: tuple[int, ...]
+    inputs: dict[str, Tensor]  # by argument name; those that require a gradient get one
+    reference: Loss  # takes ``inputs``; in float64 it is the truth
+    candidates: dict[str, Step]
+    baselines: dict[str, tuple[str, ...]]  # column -> candidates; the fastest of them is what ours is compared with
+    floors: dict[str, Callable[[], object]]  # what no implementation can be faster than, timed in the same rounds
+    floor_bytes: int  # what has to be read and written at least
+    ours: tuple[str, ...] = ("kdfast",)
+    peers: frozenset[str] = frozenset()  # other libraries: one that disagrees is left out and its error written down
+    term_size: float = 1.0  # size of the summed terms of the value, where they may cancel
+
+
+@dataclass
+class Options:
+    """What a benchmark's ``cases`` are built for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # empty: all
+    quick: bool = False
+
+
+def step(loss: Loss, inputs: dict[str, Tensor]) -> Step:
+    """Forward and backward of ``loss(**inputs)``; the gradient goes to the caller, as to a layer below."""
+    leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = loss(**inputs)
+        return value, torch.autograd.grad(value, leaves)
+
+    return run
+
+
+def fresh(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of ``inputs``, the floating ones in ``dtype``."""
+    return {
+        name: tensor.detach()
+        .to(dtype if tensor.is_floating_point() else None, copy=True)
+        .requires_grad_(tensor.requires_grad)
+        for name, tensor in inputs.items()
+    }
+
+
+def check(case: Case) -> dict[str, str]:
+    """Value and gradients of each candidate's first call against float64. Returns the peers that failed, and why."""
+    truth = step(case.reference, fresh(case.inputs, torch.float64))()
+    plain = step(case.reference, case.inputs)()
+    names = [name for name, tensor in case.inputs.items() if tensor.requires_grad]
+    first = case.inputs[names[0]]
+    refused = {}
+    for candidate, run in case.candidates.items():
+        try:
+            value, gradients = run()
+            rule = first.dtype, max(tensor.numel() for tensor in case.inputs.values())
+            assert_within_rule("value", value.detach(), plain[0].detach(), truth[0].detach(), *rule, case.term_size)
+            for name, *tensors in zip(names, gradients, plain[1], truth[1], strict=True):
+                assert_within_rule(f"gradient of {name}", *tensors, *rule)
+        except AssertionError as error:
+            if candidate not in case.peers:
+                shape = "x".join(map(str, case.shape))
+                raise ParityError(f"nothing is measured, {case.name} {shape}, {candidate}: {error}") from None
+            refused[candidate] = str(error)
+    return refused
+
+
+def seconds(run: Callable[[], object], calls: int, flush: Tensor | None, cuda: bool) -> float:
+    """Time of one call. With ``flush`` the device's own time, from a cold L2; else the host's, over ``calls`` calls."""
+    if flush is not None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], budget: float, device: torch.device, size: int
+) -> dict[str, list[float]]:
+    """Samples of every run, in rounds of random order, for about ``budget`` seconds. ``size``: bytes a run touches."""
+    cuda = device.type == "cuda"
+    # What is bound by launches is timed by the host's clock: behind a flush the launches would hide.
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device) if cuda and size > 8 * 2**20 else None
+    calls = {}
+    for name, run in runs.items():
+        run()
+        calls[name] = max(1, round(SAMPLE_SECONDS / seconds(run, 1, flush, cuda)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        deadline = time.perf_counter() + budget
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
+            shuffle(order)
+            for name in order:
+                samples[name].append(seconds(runs[name], calls[name], flush, cuda))
+    finally:
+        gc.enable()
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    p20, p50, p80 = (statistics.quantiles(samples, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    return {"p20": p20, "p50": p50, "p80": p80, "samples": len(samples)}
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory one call holds above what was held before it, its result included. None where nobody counts."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    # Pages a freed buffer left behind, in malloc or in a pool, would be reused without being seen.
+    getattr(kdfast, "empty_cache", lambda: None)()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # 5: the high-water mark starts again at what is resident now
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def compare(p50: dict[str, float], case: Case) -> dict[str, Any]:
+    """For each of our candidates: how many times faster than each baseline's best, and its time over each floor's."""
+    fastest = {}
+    for column, group in case.baselines.items():
+        present = [name for name in group if name in p50]
+        if present:
+            fastest[column] = min(present, key=p50.__getitem__)
+    return {
+        "fastest": fastest,
+        "speedup": {o: {column: p50[name] / p50[o] for column, name in fastest.items()} for o in case.ours},
+        "over_floor": {o: {floor: p50[o] / p50[floor] for floor in case.floors} for o in case.ours},
+    }
+
+
+def measure(case: Case, budget: float) -> dict[str, Any]:
+    """The record of one case, as the result file holds it."""
+    refused = check(case)
+    tensor = next(tensor for tensor in case.inputs.values() if tensor.requires_grad)
+    runs = {name: run for name, run in case.candidates.items() if name not in refused}
+    samples = interleaved({**runs, **case.floors}, budget, tensor.device, case.floor_bytes)
+    times = {name: summary(values) for name, values in samples.items()}
+    return {
+        "name": case.name,
+        "shape": list(case.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "floor_bytes": case.floor_bytes,
+        "seconds": times,
+        "peak_bytes": {name: peak_bytes(run, tensor.device) for name, run in runs.items()},
+        "refused": refused,
+        **compare({name: time["p50"] for name, time in times.items()}, case),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit: everything needed to read the numbers later."""
+    cuda = device.type == "cuda"
+    thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
+        "device": device.type,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cpu_level": kdfast.backends.cpu_level(),
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cuda": torch.version.cuda,
+        "transparent_hugepage": thp.read_text().strip() if thp.exists() else None,
+        "versions": {name: _version(name) for name in ("kdfast", "torch", "triton", "liger-kernel")},
+    }
+
+
+def machine(env: dict[str, Any]) -> str:
+    """The machine's part of the result file's name."""
+    if env["gpu"]:
+        return "-".join(env["gpu"].lower().split())
+    return f"cpu-{env['threads']}core-{env['cpu_level'] or 'reference'}"
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str | None:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few shapes, short: whether it works, not how fast it is")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=[], metavar="ROWSxCLASSES", help="only these")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 on a GPU")
+    parser.add_argument("--budget", type=float, help="seconds to measure each case (default 6, with --quick 0.5)")
+    parser.add_argument("--output", type=Path, help="result file; the default takes whole runs only")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.dtype = getattr(torch, options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16"))
+    options.budget = options.budget or (0.5 if options.quick else 6.0)
+    return options
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split("x"))
+
+
+def run_workers(command: list[str], allocators: dict[str, str | None]) -> Iterator[dict[str, Any]]:
+    """Records of one process per allocator, as they come."""
+    for name, value in allocators.items():
+        variables = {key: text for key, text in os.environ.items() if key != HUGE_PAGES}
+        if value is not None:
+            variables[HUGE_PAGES] = value
+        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    yield {"allocator": name, HUGE_PAGES: value, **json.loads(line)}
+        if process.returncode != 0:
+            raise SystemExit(f"the measurement with {name} allocation failed; nothing is saved")
+
+
+def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]]) -> None:
+    """Command line of the benchmark in file ``script``; ``cases`` lists how to build each, one at a time."""
+    arguments, op = sys.argv[1:], Path(script).stem
+    options = parse(arguments)
+    builders = cases(Options(options.device, options.dtype, options.shapes, options.quick))
+    if options.worker:
+        for build in builders:
+            try:
+                print(json.dumps(measure(build(), options.budget)), flush=True)
+            except ParityError as error:
+                raise SystemExit(str(error)) from None
+            torch.compiler.reset()
+        return
+    huge_pages_matter = options.device.type == "cpu" and not options.quick
+    allocators = ALLOCATORS if huge_pages_matter else {"default": None}
+    console = Console()
+    result: dict[str, Any] = {"op": op, "environment": environment(options.device), "cases": []}
+    with Progress(console=console) as progress:
+        task = progress.add_task(op, total=len(builders) * len(allocators))
+        for record in run_workers([sys.executable, script, *arguments, "--worker"], allocators):
+            result["cases"].append(record)
+            progress.update(task, advance=1, description=f"{op}: {record['name']} {tables.shape(record)}")
+    console.print(tables.rich_table(f"{op}: all candidates", *tables.candidates(result)))
+    console.print(tables.rich_table(f"{op}: kdfast", *tables.summary(result)))
+    path = options.output
+    if path is None and not options.quick and not options.shapes:
+        path = RESULTS / f"{machine(result['environment'])}-{op}.json"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"Written: {path}")

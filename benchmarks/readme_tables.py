@@ -1,0 +1,75 @@
+"""Writes the README's benchmark tables from the newest result files; ``--check`` only says whether they are current.
+
+The table of op ``kl`` stands between ``<!-- benchmarks:kl -->`` and ``<!-- /benchmarks:kl -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tables
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+BLOCK = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
+
+
+def updated(readme: str, results: Path) -> str:
+    """``readme`` with every table written anew."""
+    return BLOCK.sub(lambda block: block[1] + section(block[2], results) + block[3], readme)
+
+
+def section(op: str, results: Path) -> str:
+    """What stands between the markers of ``op``: a table for each kind of device, or that there is none."""
+    return "\n".join(device_section(op, device, results) for device in DEVICES)
+
+
+def device_section(op: str, device: str, results: Path) -> str:
+    found = newest(op, device, results)
+    if found is None:
+        return f"**{DEVICES[device]}**: not yet measured.\n"
+    path, result = found
+    return (
+        f"**{DEVICES[device]}**: {description(result['environment'])}. "
+        f"Raw times: [{path.name}](benchmarks/results/{path.name}).\n\n{tables.markdown(*tables.summary(result))}\n"
+    )
+
+
+def newest(op: str, device: str, results: Path) -> tuple[Path, dict[str, Any]] | None:
+    found = [(path, json.loads(path.read_text())) for path in sorted(results.glob(f"*-{op}.json"))]
+    found = [(path, result) for path, result in found if result["environment"]["device"] == device]
+    return max(found, key=lambda pair: pair[1]["environment"]["date"], default=None)
+
+
+def description(env: dict[str, Any]) -> str:
+    """Machine, versions, day and commit in half a line."""
+    chip = env["gpu"] or f"{env['processor']}, {env['threads']} threads, {env['cpu_level'] or 'no kernels'}"
+    state = f"commit {env['commit']}" + (" with changes" if env["dirty"] else "")
+    return f"{chip}; torch {env['versions']['torch']}; {env['date'][:10]}, {state}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is not current")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text()
+    current = updated(text, options.results)
+    if options.check:
+        if current != text:
+            print(f"{options.readme} is not what the result files say: run python benchmarks/readme_tables.py")
+        return int(current != text)
+    options.readme.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
