@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parent
 # torch 2.11.0 in the encoding of torch/headeronly/version.h: the oldest libtorch the binary runs with.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
-COMMON = ["csrc/ops.cpp", "csrc/cpu/levels.cpp", "csrc/cpu/row_runner.cpp", "csrc/cpu/kl.cpp", "csrc/cpu/topk_kl.cpp"]
+COMMON = [
+    "csrc/ops.cpp",
+    "csrc/cpu/levels.cpp",
+    "csrc/cpu/pool.cpp",
+    "csrc/cpu/row_runner.cpp",
+    "csrc/cpu/kl.cpp",
+    "csrc/cpu/topk_kl.cpp",
+]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
 PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
 CUDA: list[str] = []

@@ -189,7 +189,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
     # Pages a freed buffer left behind, in malloc or in a pool, would be reused without being seen.
-    getattr(kdfast, "empty_cache", lambda: None)()
+    kdfast.empty_cache()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # 5: the high-water mark starts again at what is resident now
     before = _status("VmRSS")

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/levels.h"
+#include "cpu/pool.h"
 
 namespace {
 
@@ -25,12 +26,14 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("cpu_levels() -> str");
   m.def("cpu_level() -> str");
   m.def("set_cpu_level(str name) -> ()");
+  m.def("empty_cache() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CompositeExplicitAutograd, m) {
   m.impl("cpu_levels", TORCH_BOX(&cpu_levels));
   m.impl("cpu_level", TORCH_BOX(&cpu_level));
   m.impl("set_cpu_level", TORCH_BOX(&set_cpu_level));
+  m.impl("empty_cache", TORCH_BOX(&kdfast::empty_pool));
 }
 
 // `import kdfast._C` runs the registrations above; the module itself is empty.

@@ -3,6 +3,7 @@
 import importlib
 
 from kdfast import backends, functional, losses, metrics, reference
+from kdfast.backends import empty_cache
 from kdfast.functional.features import (
     attention_transfer_loss,
     feature_mse_loss,
@@ -41,6 +42,7 @@ __all__ = [
     "crd_loss",
     "dist_loss",
     "dkd_loss",
+    "empty_cache",
     "feature_mse_loss",
     "functional",
     "graph_distillation_loss",

@@ -9,6 +9,7 @@ namespace kdfast {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 template <class S> using ComputeOf = typename Compute<S>::type;
 
@@ -50,7 +51,7 @@ template <class C> KDFAST_INLINE Vec<C> hard_exponential(Vec<C> soft, Vec<C> x, 
   if (inverse_temperature == C(1)) return soft;
   if (inverse_temperature == C(0.5)) return soft * soft;
   if (inverse_temperature == C(0.25)) return (soft * soft) * (soft * soft);
-  return exp_nonpositive<C>(x);
+  return exp2_nonpositive<C>(x * C(kLog2E));
 }
 
 template <Form form, class S>
@@ -58,27 +59,34 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, int64_t n, const Ro
                                      ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
   using C = ComputeOf<S>;
   const C max_s = block_max(s, n), max_t = form == Form::student ? C(0) : block_max(t, n);
-  const C inverse_s = C(row.inverse_student), inverse_t = C(row.inverse_teacher);
+  // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
+  const C inverse_s = C(row.inverse_student), factor_s = C(row.inverse_student * kLog2E);
+  const C factor_t = C(row.inverse_teacher * kLog2E);
   Vec<C> sum_s{}, sum_t{}, cross{}, hard{}, logits{}, student_x{}, teacher_x{};
   each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+    if constexpr (form != Form::student) {
+      // The next block comes from memory while this one is computed.
+      __builtin_prefetch(s + i + n, 0, 2);
+      __builtin_prefetch(t + i + n, 0, 2);
+    }
     const Vec<C> shifted = read(extent, s, i, n, C(-kInfinity)) - max_s;
-    const Vec<C> x_s = shifted * inverse_s, e_s = exp_nonpositive<C>(x_s);
+    const Vec<C> y_s = shifted * factor_s, e_s = exp2_nonpositive<C>(y_s);
     Vec<C> kept_b{};
     sum_s += e_s;
     if constexpr (form != Form::student) {
-      const Vec<C> x_t = (read(extent, t, i, n, C(-kInfinity)) - max_t) * inverse_t, e_t = exp_nonpositive<C>(x_t);
+      const Vec<C> y_t = (read(extent, t, i, n, C(-kInfinity)) - max_t) * factor_t, e_t = exp2_nonpositive<C>(y_t);
       sum_t += e_t;
       kept_b = e_t;
       // An exponential of 0 adds 0 whatever the difference is: it may be inf - inf.
       if constexpr (form == Form::reverse) {
-        kept_b = e_s == C(0) ? Vec<C>{} : x_s - x_t;
+        kept_b = e_s == C(0) ? Vec<C>{} : (y_s - y_t) * C(kLn2);
         cross += e_s * kept_b;
       } else if constexpr (form != Form::js) {
-        cross += e_t == C(0) ? Vec<C>{} : e_t * (x_t - x_s);
+        cross += e_t == C(0) ? Vec<C>{} : e_t * (y_t - y_s);
       }
       if constexpr (form == Form::standardized) {
-        student_x += e_s == C(0) ? Vec<C>{} : e_s * x_s;
-        teacher_x += e_t == C(0) ? Vec<C>{} : e_t * x_s;
+        student_x += e_s == C(0) ? Vec<C>{} : e_s * y_s;
+        teacher_x += e_t == C(0) ? Vec<C>{} : e_t * y_s;
       }
     }
     if constexpr (form == Form::forward_hard) {
@@ -94,15 +102,16 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, int64_t n, const Ro
   });
   constexpr bool has_teacher = form != Form::student, has_hard = form == Form::forward_hard;
   constexpr bool has_cross = has_teacher && form != Form::js, has_x = form == Form::standardized;
+  constexpr double cross_unit = form == Form::reverse ? 1 : kLn2;
   return {double(max_s),
           double(max_t),
           sum_lanes<C>(sum_s),
           has_teacher ? sum_lanes<C>(sum_t) : 0,
-          has_cross ? sum_lanes<C>(cross) : 0,
+          has_cross ? cross_unit * sum_lanes<C>(cross) : 0,
           has_hard ? sum_lanes<C>(hard) : 0,
           has_hard ? sum_lanes<C>(logits) : 0,
-          has_x ? sum_lanes<C>(student_x) : 0,
-          has_x ? sum_lanes<C>(teacher_x) : 0};
+          has_x ? kLn2 * sum_lanes<C>(student_x) : 0,
+          has_x ? kLn2 * sum_lanes<C>(teacher_x) : 0};
 }
 
 // Widened copy of a block with the holes that fall into it at -inf; false where none does.

@@ -1,26 +1,12 @@
 #include "cpu/row_runner.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "cpu/pool.h"
 
 namespace kdfast {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// A fresh gradient is written once, so its page faults cost more than the arithmetic: ask for huge pages.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is no error
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 std::vector<int64_t> leading_shape(const Tensor& student) {
   std::vector<int64_t> shape;
@@ -36,9 +22,7 @@ Tensor make_grad(const Tensor& student, bool needs_grad) {
     shape = leading_shape(student);
     shape.push_back(student.size(student.dim() - 1));
   }
-  Tensor grad = torch::stable::new_empty(student, {shape.data(), shape.size()});
-  prefer_huge_pages(grad.data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
-  return grad;
+  return empty_gradient(shape, student);
 }
 
 Output make_output(const Rows& student, const Tensor& grad, const std::optional<Tensor>& mask,
@@ -64,7 +48,7 @@ Tensor reduced(const Output& out, const Tensor& student) {
     shape.clear();
   }
   const bool wide = out.storage == Storage::float64;
-  Tensor result = torch::stable::new_empty(student, {shape.data(), shape.size()}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor result = empty(shape, wide ? ScalarType::Double : ScalarType::Float);
   const Storage storage = wide ? Storage::float64 : Storage::float32;
   for (size_t i = 0; i < values.size(); ++i) store_scalar(result.data_ptr(), i, storage, values[i]);
   return result;

@@ -92,7 +92,7 @@ void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& ro
   });
 }
 
-// The gradient for `needs_grad`: empty, or of the student's shape and backed by huge pages where it is large.
+// The gradient for `needs_grad`: empty, or of the student's shape.
 torch::stable::Tensor make_grad(const torch::stable::Tensor& student, bool needs_grad);
 
 // Losses go to `loss`, gradients to `grad` (nowhere if it is empty); counts the rows `mask` keeps.

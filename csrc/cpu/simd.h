@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -38,11 +39,12 @@ template <> struct Simd<float> {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t UInt __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
-  // exp: x = n ln2 + r, |r| <= ln2 / 2; the magic number rounds to an integer in the low bits of the mantissa.
-  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the mantissa's low bits
+  // 2^r - 1 over r for |r| <= 1/2, smallest largest relative error of 2^r (Remez): 2.6e-9
+  static constexpr float exp2_terms[] = {0.693147214968f,  0.240226527829f,   0.0555031055101f,
+                                         0.00961769297299f, 0.00134066439024f, 0.000155946781663f};
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float exp_floor = -87.33f;  // exp below it is not a normal number and becomes 0
-  static constexpr int terms = 7, log_terms = 5, mantissa = 23;
+  static constexpr int log_terms = 5, mantissa = 23;
   static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
   static constexpr float smallest_normal = 0x1p-126f;
   static constexpr int32_t bias = 127;
@@ -53,9 +55,12 @@ template <> struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
   static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double exp2_terms[] = {  // relative error 1.8e-17
+      0.69314718055994569675,    0.24022650695910098007,    0.055504108664790394552,   0.0096181291076070023796,
+      0.0013333558153439964747,  0.0001540353044157213033,  0.000015252727385193868197, 1.3215442675329822143e-6,
+      1.0180647659234138888e-7,  7.0725704128144235096e-9,  4.078071929588336665e-10};
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
-  static constexpr double exp_floor = -708.39;
-  static constexpr int terms = 13, log_terms = 11, mantissa = 52;
+  static constexpr int log_terms = 11, mantissa = 52;
   static constexpr int64_t sqrt_half_bits = 0x3fe6a09e667f3bcd;
   static constexpr double smallest_normal = 0x1p-1022;
   static constexpr int64_t bias = 1023;
@@ -160,35 +165,35 @@ KDFAST_INLINE void store_tail(double* p, int64_t n, Vec<double> v) {
 
 template <class V> KDFAST_INLINE V max(V a, V b) { return a > b ? a : b; }
 
-constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
-
 #if defined(__AVX512F__)
-// v * 2^n, and 0 where x is below the floor (not where it is NaN): one instruction beside the comparison.
-KDFAST_INLINE Vec<float> scale_by_power(Vec<float> v, Vec<float> n, Vec<float> x, Vec<float> floor) {
+// The nearest integer; and v * 2^n, 0 where `zero`: one instruction each.
+KDFAST_INLINE Vec<float> nearest(Vec<float> x) { return _mm512_roundscale_ps(x, 0); }
+KDFAST_INLINE Vec<double> nearest(Vec<double> x) { return _mm512_roundscale_pd(x, 0); }
+KDFAST_INLINE Vec<float> scaled_unless_below(Vec<float> v, Vec<float> n, Vec<float> x, Vec<float> floor) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, floor, _CMP_NLT_UQ), v, n);
 }
-KDFAST_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> n, Vec<double> x, Vec<double> floor) {
+KDFAST_INLINE Vec<double> scaled_unless_below(Vec<double> v, Vec<double> n, Vec<double> x, Vec<double> floor) {
   return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, floor, _CMP_NLT_UQ), v, n);
 }
 #endif
 
-// exp(x) for x <= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py), 0 where the result is subnormal.
-template <class C> KDFAST_INLINE Vec<C> exp_nonpositive(Vec<C> x) {
+// 2^x for x <= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py), 0 where the result is subnormal.
+template <class C> KDFAST_INLINE Vec<C> exp2_nonpositive(Vec<C> x) {
   using M = Simd<C>;
-  const Vec<C> floor = broadcast<C>(M::exp_floor);
+  constexpr int terms = sizeof(M::exp2_terms) / sizeof(C);
+  const Vec<C> floor = broadcast<C>(C(1 - M::bias));
 #if defined(__AVX512F__)
-  const Vec<C> safe = x;  // what goes wrong below the floor is masked out at the end
+  const Vec<C> n = nearest(x);
 #else
-  const Vec<C> safe = x < floor ? floor : x;
+  const Vec<C> shifted = x + M::magic, n = shifted - M::magic;
 #endif
-  const Vec<C> shifted = safe * C(1.4426950408889634074) + M::magic;
-  const Vec<C> n = shifted - M::magic;
-  const Vec<C> r = (safe - n * M::ln2_high) - n * M::ln2_low;
-  Vec<C> sum = broadcast<C>(C(inverse_factorial(M::terms)));  // Taylor series by Horner: sum r^k / k!
+  const Vec<C> r = x - n;  // exact; what goes wrong below the floor is masked out at the end
+  Vec<C> sum = broadcast<C>(M::exp2_terms[terms - 1]);
 #pragma GCC unroll 16
-  for (int k = M::terms - 1; k >= 0; --k) sum = sum * r + C(inverse_factorial(k));
+  for (int k = terms - 2; k >= 0; --k) sum = sum * r + M::exp2_terms[k];
+  sum = sum * r + C(1);
 #if defined(__AVX512F__)
-  return scale_by_power(sum, n, x, floor);
+  return scaled_unless_below(sum, n, x, floor);
 #else
   const auto scale = (bit_cast<typename M::Int>(shifted) << M::mantissa) + (M::bias << M::mantissa);
   const Vec<C> result = sum * bit_cast<Vec<C>>(scale);
@@ -218,21 +223,35 @@ template <class C> KDFAST_INLINE Vec<C> log_positive(Vec<C> x) {
   return x == x ? result : x;
 }
 
-// Sum and maximum of the lanes, by halves.
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+// Rotations within the register: through memory a fold costs as much as a hundred elements.
+template <class C, class Combine, int... Lane>
+KDFAST_INLINE C fold_halves(Vec<C> v, const Combine& combine, std::integer_sequence<int, Lane...>) {
+  constexpr int width = sizeof...(Lane);
+  if constexpr (width > 8) v = combine(v, __builtin_shufflevector(v, v, ((Lane + 8) % width)...));
+  if constexpr (width > 4) v = combine(v, __builtin_shufflevector(v, v, ((Lane + 4) % width)...));
+  if constexpr (width > 2) v = combine(v, __builtin_shufflevector(v, v, ((Lane + 2) % width)...));
+  return combine(v, __builtin_shufflevector(v, v, ((Lane + 1) % width)...))[0];
+}
+#endif
+
+// All lanes combined, by halves; `combine` takes two vectors or two numbers.
 template <class C, class Combine> KDFAST_INLINE C fold_lanes(Vec<C> v, const Combine& combine) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return fold_halves<C>(v, combine, std::make_integer_sequence<int, Simd<C>::width>{});
+#else
   C lanes[Simd<C>::width];
   store(lanes, v);
-#pragma GCC unroll 8
   for (int half = Simd<C>::width / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
   return lanes[0];
+#endif
 }
 template <class C> KDFAST_INLINE double sum_lanes(Vec<C> v) {
-  return fold_lanes<C>(v, [](C a, C b) { return a + b; });
+  return fold_lanes<C>(v, [](auto a, auto b) { return a + b; });
 }
 template <class C> KDFAST_INLINE C max_lanes(Vec<C> v) {
-  return fold_lanes<C>(v, [](C a, C b) { return a > b ? a : b; });
+  return fold_lanes<C>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 }  // namespace

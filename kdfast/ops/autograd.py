@@ -21,6 +21,13 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 LIBRARY = torch.library.Library("kdfast", "FRAGMENT")
 
 
+def define(schema: str) -> None:
+    """Defines an op that is differentiated by a ``torch.autograd.Function`` around it."""
+    LIBRARY.define(schema)
+    # Nothing for autograd to do inside: its fallback would cost as much as a short row's arithmetic.
+    LIBRARY.impl(schema.split("(", 1)[0], torch.library.fallthrough_kernel, "Autograd")
+
+
 def loss_like(student: Tensor, reduction: int) -> Tensor:
     """An empty loss: float32 for half types, one value a row for 'none'."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -42,10 +49,9 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output = grad_output.detach()
         if ctx.recompute:
             student, *tensors, row_weight = ctx.saved_tensors
-            weight = grad_output.double().expand(student.shape[:-1])
+            weight = grad_output.detach().double().expand(student.shape[:-1])
             weight = (weight if row_weight is None else weight * row_weight).contiguous()
             grad = ctx.op(student.detach(), *tensors, weight, *ctx.options, True)[1]
         else:
@@ -55,11 +61,11 @@ class RowLoss(torch.autograd.Function):
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
     """``grad * grad_output`` in the dtype of ``grad``; in place where no later backward can ask for ``grad`` again."""
-    if torch.compiler.is_compiling():
-        return (grad * grad_output).to(grad.dtype)
-    if grad_output.device.type == "cpu" and grad_output.item() == 1:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and grad_output.is_cpu and grad_output.item() == 1:
         return grad
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    grad_output = grad_output.detach()
+    if compiling or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * grad_output).to(grad.dtype)
     return grad.mul_(grad_output)
 

@@ -5,16 +5,16 @@
 
 #include "cpu/simd.h"
 
-// Largest error of exp_nonpositive in units in the last place, against long double, over a grid of its range.
-template <class C> double worst_exp_ulp(int64_t samples) {
+// Largest error of exp2_nonpositive in units in the last place, against long double, over a grid of its range.
+template <class C> double worst_exp2_ulp(int64_t samples) {
   constexpr int W = Simd<C>::width;
   double worst = 0;
   for (int64_t i = 0; i < samples; i += W) {
     C x[W], got[W];
-    for (int j = 0; j < W; ++j) x[j] = C(double(Simd<C>::exp_floor) * double(i + j) / double(samples));
-    store(got, exp_nonpositive<C>(load(x)));
+    for (int j = 0; j < W; ++j) x[j] = C((1.0 - Simd<C>::bias) * double(i + j) / double(samples));
+    store(got, exp2_nonpositive<C>(load(x)));
     for (int j = 0; j < W; ++j) {
-      const long double exact = expl(static_cast<long double>(x[j]));
+      const long double exact = exp2l(static_cast<long double>(x[j]));
       const C nearest = C(exact);
       const long double ulp = std::nextafter(nearest, C(2)) - nearest;
       worst = std::fmax(worst, double(fabsl(got[j] - exact) / ulp));
@@ -76,12 +76,12 @@ template <class S> void print_rounded(const char* name) {
 }
 
 int main() {
-  std::printf("exp_float %.3f\n", worst_exp_ulp<float>(1 << 22));
-  std::printf("exp_double %.3f\n", worst_exp_ulp<double>(1 << 20));
+  std::printf("exp2_float %.3f\n", worst_exp2_ulp<float>(1 << 22));
+  std::printf("exp2_double %.3f\n", worst_exp2_ulp<double>(1 << 20));
   std::printf("log_float %.3f\n", worst_log_ulp<float>(1 << 22));
   std::printf("log_double %.3f\n", worst_log_ulp<double>(1 << 20));
   float edge[Simd<float>::width] = {0.0f, -INFINITY, NAN, -1e4f}, out[Simd<float>::width];
-  store(out, exp_nonpositive<float>(load(edge)));
+  store(out, exp2_nonpositive<float>(load(edge)));
   std::printf("edges %g %g %g %g\n", out[0], out[1], out[2], out[3]);
   print_bits<Half>("half");
   print_bits<BFloat16>("bfloat16");

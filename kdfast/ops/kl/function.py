@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, differentiable_once, loss_like
+from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, define, differentiable_once, loss_like
 
 KINDS = {"forward": 0, "reverse": 1, "js": 2, "dkd": 3, "standardized": 4}
 
@@ -34,7 +34,7 @@ _ARGUMENTS = (
     "float alpha, float beta, float ce_weight, float label_smoothing, int ignore_index, int reduction"
 )
 # The loss, and its gradient for grad_output 1 (empty unless needs_grad).
-LIBRARY.define(f"kl(Tensor student, {_ARGUMENTS}, bool needs_grad) -> (Tensor, Tensor)")
+define(f"kl(Tensor student, {_ARGUMENTS}, bool needs_grad) -> (Tensor, Tensor)")
 # The same with the gradient written over the student.
 LIBRARY.define(f"kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
 
@@ -111,7 +111,7 @@ def kl(
     inplace_backward: bool = False,
 ) -> Tensor:
     """The loss ``options`` describe; arguments are already checked."""
-    teacher_logits = teacher_logits.detach()
+    teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     labels = None if labels is None else labels.contiguous()
     mask = None if mask is None else mask.contiguous()
     row_weight = None if row_weight is None else row_weight.detach().double().contiguous()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, loss_like
+from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, define, loss_like
 
 TAILS = {"drop": 0, "bucket": 1, "renormalize": 2}
 
@@ -22,7 +22,7 @@ class Options(NamedTuple):
 
 
 # The loss, and its gradient for grad_output 1 (empty unless needs_grad).
-LIBRARY.define(
+define(
     "topk_kl(Tensor student, Tensor teacher_values, Tensor teacher_indices, Tensor? mask, Tensor? row_weight, "
     "float temperature, int tail, bool logprobs, int reduction, bool needs_grad) -> (Tensor, Tensor)"
 )
