@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -83,6 +84,25 @@ def test_a_row_shared_by_threads_has_the_bits_of_a_row_of_one_thread(direction):
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(grad, results[0][1])
+
+
+def spread(rows: torch.Tensor) -> torch.Tensor:
+    """A copy whose last row begins beyond 2^31 elements, in memory that nothing touches between the rows."""
+    stride = 2**31 // (len(rows) - 1) + 64
+    size = ((len(rows) - 1) * stride + rows.shape[1]) * rows.element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=rows.dtype).as_strided(rows.shape, (stride, 1)).copy_(rows)
+
+
+def test_rows_beyond_2_31_elements():
+    near = [x.bfloat16() for x in pair(5, 300).values()]
+    far = [spread(x) for x in near]
+    results = []
+    for student, teacher in (near, far):
+        loss = kdfast.kl_divergence(student.requires_grad_(), teacher, 2.0)
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_any_layout_in_memory():
