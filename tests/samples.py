@@ -77,8 +77,8 @@ def sequence_pair(generator: torch.Generator, leading: Shape, width: int) -> Inp
     return {"student": normal(generator, n, 5, width), "teacher": normal(generator, n, 5, width + 1)}
 
 
-def stored_teacher(generator: torch.Generator, leading: Shape, width: int) -> Inputs:
-    k = min(3, width)
+def stored_teacher(generator: torch.Generator, leading: Shape, width: int, k: int = 3) -> Inputs:
+    k = min(k, width)
     teacher = torch.log_softmax(normal(generator, *leading, width, scale=3.0), dim=-1)
     values, indices = teacher.topk(k, dim=-1)
     return {

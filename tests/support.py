@@ -26,7 +26,7 @@ def contiguous(x: Tensor) -> Tensor:
 
 def classes_strided(x: Tensor) -> Tensor:
     """Every second element of a row twice as wide."""
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
     wide[..., ::2] = x
     return wide[..., ::2]
 
@@ -35,7 +35,7 @@ def shifted(x: Tensor) -> Tensor:
     """logits[:, :-1] of a longer sequence: rows adjacent in pairs of strides, memory between them is not ours."""
     if x.dim() < 2:
         return x.clone()
-    longer = torch.full((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1]), math.nan, dtype=x.dtype)
+    longer = x.new_full((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1]), math.nan)
     longer[..., :-1, :] = x
     return longer[..., :-1, :]
 
@@ -56,11 +56,16 @@ def is_differentiable(name: str, value: object) -> bool:
 
 
 def cast(
-    arguments: dict[str, Any], dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = contiguous
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    layout: Callable[[Tensor], Tensor] = contiguous,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Floating tensors to ``dtype`` in ``layout``, fresh leaves; everything else as it is."""
+    """Floating tensors to ``dtype`` in ``layout``, fresh leaves; everything else as it is; tensors to ``device``."""
     result = {}
     for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = value.to(device)
         if isinstance(value, Tensor) and value.is_floating_point() and name not in ("row_weight",):
             value = layout(value.to(dtype)).detach().requires_grad_(is_differentiable(name, value))
         result[name] = value
@@ -78,7 +83,7 @@ def run(
     """Value and gradients for ``grad_output``; a second backward must repeat the first bit for bit."""
     leaves = {name: value for name, value in arguments.items() if is_differentiable(name, value)}
     value = first_output(function(**arguments))
-    upstream = grad_output.to(value.dtype)
+    upstream = grad_output.to(value)
     first = torch.autograd.grad(value, list(leaves.values()), upstream, retain_graph=True)
     kept = [g.clone() for g in first]
     second = torch.autograd.grad(value, list(leaves.values()), upstream)
@@ -97,8 +102,12 @@ def assert_parity(
     layout: str = "contiguous",
     function: Callable[..., Any] | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> None:
-    """``kdfast.<name>`` (or ``function``) keeps the rule for value and every gradient, and leaves its inputs alone."""
+    """``kdfast.<name>`` (or ``function``) keeps the rule for value and every gradient, and leaves its inputs alone.
+
+    On ``device``; the truth is computed on the CPU.
+    """
     reference = getattr(kdfast.reference, name)
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     truth_arguments = cast({**rounded, **options}, torch.float64)
@@ -109,8 +118,8 @@ def assert_parity(
         grad_output.copy_([torch.tensor(1.0), torch.tensor(-2.5)][seed % 2])  # 1 is a path of its own
 
     truth = run(reference, truth_arguments, grad_output)
-    plain = run(reference, cast({**rounded, **options}, dtype), grad_output)
-    arguments = cast({**rounded, **options}, dtype, LAYOUTS[layout])
+    plain = run(reference, cast({**rounded, **options}, dtype, device=device), grad_output)
+    arguments = cast({**rounded, **options}, dtype, LAYOUTS[layout], device)
     before = {k: (v.detach().clone(), v._version) for k, v in arguments.items() if isinstance(v, Tensor)}
     fast = run(function or getattr(kdfast, name), arguments, grad_output)
 
@@ -149,7 +158,7 @@ def assert_within_rule(
 ) -> None:
     """The rule. ``floor`` is the size of the summed terms where they may cancel, ``stored`` the dtype of the result."""
     assert fast.shape == truth.shape, f"{what}: shape {tuple(fast.shape)}, expected {tuple(truth.shape)}"
-    fast, plain = fast.double(), plain.double()
+    fast, plain = fast.double().cpu(), plain.double().cpu()
     exact = ~truth.isfinite()
     torch.testing.assert_close(fast[exact], truth[exact], equal_nan=True, msg=lambda m: f"{what}: {m}")
     keep = ~exact

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from samples import NAMES, SAMPLES
@@ -224,6 +225,47 @@ def test_traces_without_a_graph_break(name):
         results.append([value, *(v.grad for k, v in arguments.items() if is_differentiable(k, v))])
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
+
+
+class NothingIsReadByTheHost(TorchDispatchMode):
+    """Operators that on a GPU would wait for it are errors: what a value decides, and results whose size it decides."""
+
+    SYNCHRONISE = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.bincount.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.repeat_interleave.Tensor,
+        torch.ops.aten._unique2.default,
+    )
+    INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        masks = function in self.INDEX and any(i is not None and i.dtype == torch.bool for i in arguments[1])
+        if masks or function in self.SYNCHRONISE:
+            # Values of labels and indices are checked, on the CPU alone.
+            checked = any(frame.function.startswith(("check_", "refuse_")) for frame in inspect.stack(0))
+            assert checked, f"{function} would wait for the device"
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_value_is_needed_on_the_host(name):
+    """The plain PyTorch that runs on a GPU where there is no kernel; on one tests/cuda asks the driver itself."""
+    for seed in range(6):
+        inputs, options = sample_inputs(name, seed, SAMPLES[name].leading[0], 5)
+        arguments = cast({**inputs, **options}, torch.float32)
+        leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
+        with kdfast.backends.use("reference"), NothingIsReadByTheHost():
+            torch.autograd.grad(first_output(getattr(kdfast, name)(**arguments)).sum(), leaves)
+
+
+def test_what_would_wait_for_the_device_is_noticed():
+    x = torch.ones(3)
+    for synchronise in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero(), lambda: bool(x.any())):
+        with pytest.raises(AssertionError, match="would wait"), NothingIsReadByTheHost():
+            synchronise()
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -261,6 +261,10 @@ def test_rows_that_do_not_count_are_not_read(monkeypatch, variant, tiling):
         assert loss.isfinite().all() and grad.isfinite().all()
         assert (grad[~mask] == 0).all() and (grad[mask] != 0).any()
         assert reduction == "batchmean" or (loss[~mask] == 0).all()
+        alone, _ = launch(
+            monkeypatch, tiling, variant, student, teacher, mask=mask, reduction=reduction, needs_grad=False
+        )
+        assert torch.equal(alone, loss)
 
 
 @tiling

@@ -5,17 +5,20 @@ This file imports triton lazily: TRITON_INTERPRET decides at import what ``@trit
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
@@ -118,20 +121,20 @@ def hip_registers(assembly: str) -> tuple[int, int]:
     return number("vgpr_count"), spills
 
 
+_compiled: dict[str, Resources] = {}  # by all a build is made of: several tests look at the same ones
+
+
 def compile_all(builds: Iterable[Build], workers: int = 2) -> dict[str, Resources]:
     """All builds, by name, in ``workers`` processes."""
     builds = list(builds)
-    assert len({build.name for build in builds}) == len(builds), "two builds of one name"
-    # Spawned: a fork would copy the locks of PyTorch's threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return dict(zip((build.name for build in builds), pool.map(compile_build, builds), strict=True))
-
-
-def report(resources: dict[str, Resources]) -> str:
-    lines = [
-        f"{r.registers:4d} registers {r.shared:6d} bytes shared {r.spills:3d} spills  {n}" for n, r in resources.items()
-    ]
-    return "\n".join(lines)
+    keys = {build.name: repr(build) for build in builds}
+    assert len(keys) == len(builds), "two builds of one name"
+    missing = {key: build for build in builds if (key := keys[build.name]) not in _compiled}
+    if missing:
+        # Spawned: a fork would copy the locks of PyTorch's threads.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            _compiled.update(zip(missing, pool.map(compile_build, missing.values()), strict=True))
+    return {name: _compiled[key] for name, key in keys.items()}
 
 
 def loops(ptx: str) -> list[str]:
@@ -145,18 +148,30 @@ def loops(ptx: str) -> list[str]:
     return found
 
 
-def run_in_interpreter(path: str, *arguments: str) -> None:
+class Record(NamedTuple):
+    """What a file made the interpreter run."""
+
+    launches: Mapping[str, Sequence[Mapping[str, Any]]]  # kernel -> compile-time arguments of its launches
+    outcomes: Mapping[str, Set[tuple[int, bool]]]  # source file -> (line, outcome) of what branches
+
+
+@cache
+def run_in_interpreter(path: str, *arguments: str) -> Record:
     """The tests of file ``path`` (relative to tests/ops) in a process of their own, kernels interpreted on the CPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "ops" / path),
-        *arguments,
-    ]
+    with TemporaryDirectory() as folder:
+        written = Path(folder) / "record.json"
+        run_alone(path, *arguments, TRITON_INTERPRET="1", KDFAST_RECORD=str(written))
+        record = json.loads(written.read_text())
+    launches = {kernel: [json.loads(text) for text in texts] for kernel, texts in record["launches"].items()}
+    return Record(
+        launches, {file: {(line, seen) for line, seen in pairs} for file, pairs in record["outcomes"].items()}
+    )
+
+
+def run_alone(path: str, *arguments: str, **variables: str) -> None:
+    """The tests of file ``path`` (relative to tests/ops) in a process of their own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    file = str(ROOT / "tests" / "ops" / path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-8000:]}\n{result.stderr[-2000:]}"

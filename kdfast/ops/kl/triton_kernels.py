@@ -51,7 +51,7 @@ EPS = tl.constexpr(1e-7)  # added to a standard deviation
 # Tiles are (A, B) and sums run over B. Short rows: A rows of V <= B classes. Long rows: A lanes of B neighbouring
 # elements, as many as a thread loads at once, so that threads exchange nothing in the loop: a lane keeps its own
 # maximum and sums, and lanes are merged once a row. What belongs to rows has shape (R,), R = 1 for long rows.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # another batch size is not another kernel
 def _kl_kernel(
     student_ptr, student_split, student_outer, student_inner,  # row r: (r // split) * outer + (r % split) * inner
     teacher_ptr, teacher_split, teacher_outer, teacher_inner,
@@ -525,7 +525,7 @@ def _sigmoid_term(u_p, u_q):
 
 
 # Reads mask and labels once: 9 bytes a row. One program: the sum has one order, and nobody waits for it but the GPU.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _count_factor_kernel(out_ptr, labels_ptr, mask_ptr, rows, ignore_index, factor, BLOCK: tl.constexpr):
     """factor / (number of rows that count, at least 1)."""
     count = tl.zeros([BLOCK], tl.int32)
@@ -630,7 +630,8 @@ def rows_of(x: Tensor) -> Rows | None:
         return None
     if len(dims) == 2:
         return Rows(x, dims[1][0], dims[0][1], dims[1][1])
-    return Rows(x, 1, dims[0][1] if dims else 0, 0)
+    # One row: the stride of several, without which it would compile a kernel of its own.
+    return Rows(x, 1, dims[0][1] if dims else x.shape[-1], 0)
 
 
 def kl(

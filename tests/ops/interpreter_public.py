@@ -1,0 +1,34 @@
+"""Public functions through the Triton kernels, interpreted: run by test_kernels.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from as_on_a_gpu import asked
+
+from kdfast import backends
+from samples import NAMES, SAMPLES
+from support import LAYOUTS, assert_parity, sample_inputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEEDS = 24  # enough draws of the options to reach every compile-time combination the functions can ask for
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy: infinities meet in rows that are masked afterwards
+@pytest.mark.parametrize("name", NAMES)
+def test_public_functions_keep_the_rule(name):
+    before, sample = set(asked), SAMPLES[name]
+    asked.clear()
+    widths = [width for width in sample.widths if width <= 100]  # the interpreter is slow
+    for seed in range(SEEDS):
+        leading, width = sample.leading[seed % len(sample.leading)], widths[seed % len(widths)]
+        inputs, options = sample_inputs(name, seed, leading, width)
+        layout = list(LAYOUTS)[seed % len(LAYOUTS)]
+        assert_parity(name, inputs, options, DTYPES[seed % len(DTYPES)], layout=layout, seed=seed)
+        if not asked & backends.KERNELS.keys():
+            break  # the reference, which other tests cover
+    asked.update(before)
+
+
+def test_every_op_with_a_triton_kernel_was_asked_for():
+    assert {op for op, kernels in backends.KERNELS.items() if backends.TRITON in kernels} <= asked

@@ -1,0 +1,95 @@
+"""What public functions launch, with kernels that do nothing. Run by test_kernels.py in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import as_on_a_gpu  # noqa: F401  (before kdfast)
+import pytest
+import torch
+from kernels import OPS, every_build
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton_support import TARGETS
+
+import kdfast
+from samples import NAMES, SAMPLES
+from support import cast, first_output, is_differentiable, sample_inputs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
+from configurations import CALLS, DTYPES
+
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+keys: list[str] = []  # what Triton would compile, one entry a launch
+configurations: set[str] = set()  # kernel, compile-time arguments and warps of all launches
+
+
+def note(self: JITFunction, *arguments, grid, warmup, **named) -> None:
+    binder = create_function_from_signature(self.signature, self.params, BACKEND)
+    _, specialization, options = binder(*arguments, **named)
+    keys.append(f"{self.fn.__name__} {specialization} {options}")
+    given = dict(zip(self.arg_names, arguments, strict=False)) | named
+    configurations.add(configuration(self, given, named))
+
+
+def configuration(kernel: JITFunction, constants: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    chosen = {kernel.arg_names[index]: constants[kernel.arg_names[index]] for index in kernel.constexprs}
+    return json.dumps([kernel.fn.__name__, chosen, options["num_warps"]], sort_keys=True)
+
+
+JITFunction.run = note
+ROWS = 6
+
+
+def launched(name: str, rows: int, width: int, seed: int) -> list[str]:
+    """Keys of one forward and backward: of the sample of 6 rows, some left out or repeated."""
+    inputs, options = sample_inputs(name, seed, (ROWS,), width)
+    chosen = torch.arange(rows) % ROWS
+    tensors = {k: v for k, v in {**inputs, **options}.items() if isinstance(v, torch.Tensor) and v.shape[:1] == (ROWS,)}
+    arguments = cast({**inputs, **options, **{k: v[chosen] for k, v in tensors.items()}}, torch.bfloat16)
+    leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
+    keys.clear()
+    torch.autograd.grad(first_output(getattr(kdfast, name)(**arguments)).sum(), leaves)
+    return list(keys)
+
+
+# 1 and multiples of 16 are what Triton would specialize on.
+@pytest.mark.parametrize("width", [48, 100, 33])
+@pytest.mark.parametrize("name", [name for name in NAMES if (ROWS,) in SAMPLES[name].leading])
+def test_another_batch_size_compiles_nothing(name, width):
+    for seed in range(8):
+        first = launched(name, ROWS, width, seed)
+        for rows in (7, 16, 33, 1):
+            if rows == 1 and (1,) not in SAMPLES[name].leading:
+                continue
+            assert launched(name, rows, width, seed) == first, f"{rows} rows after {ROWS}, seed {seed}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_calls_of_the_gpu_tests_reach_every_line_of_the_tables(op):
+    configurations.clear()
+    for call in CALLS[op]():
+        for dtype in DTYPES:
+            inputs, options = call.arguments()
+            arguments = cast({**inputs, **options}, dtype)
+            leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
+            value = first_output(getattr(kdfast, call.function)(**arguments))
+            torch.autograd.grad(value.sum(), leaves)
+    module = import_module(f"kdfast.ops.{op}.triton_kernels")
+    # Launches here are on no NVIDIA device, and AMD's builds have the same tables.
+    builds = [build for build in every_build(op) if TARGETS[build.target][0] == "hip"]
+    declared = {
+        build.name: configuration(getattr(module, build.kernel), build.constants, build.options) for build in builds
+    }
+    missed = [name for name, wanted in declared.items() if wanted not in configurations]
+    assert not missed, "\n".join(missed)
+
+
+def test_launches_were_seen():
+    assert any("_kernel" in key for key in launched("kl_divergence", ROWS, 48, 0))
