@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 import kdfast
@@ -241,7 +240,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("KDFAST_COMMIT"),
         "dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
         "device": device.type,
         "processor": _processor(),
@@ -330,19 +329,36 @@ def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]]) -> N
         return
     huge_pages_matter = options.device.type == "cpu" and not options.quick
     allocators = ALLOCATORS if huge_pages_matter else {"default": None}
-    console = Console()
     result: dict[str, Any] = {"op": op, "environment": environment(options.device), "cases": []}
-    with Progress(console=console) as progress:
-        task = progress.add_task(op, total=len(builders) * len(allocators))
+    with progress(op, len(builders) * len(allocators)) as advance:
         for record in run_workers([sys.executable, script, *arguments, "--worker"], allocators):
             result["cases"].append(record)
-            progress.update(task, advance=1, description=f"{op}: {record['name']} {tables.shape(record)}")
-    console.print(tables.rich_table(f"{op}: all candidates", *tables.candidates(result)))
-    console.print(tables.rich_table(f"{op}: kdfast", *tables.summary(result)))
+            advance(f"{op}: {record['name']} {tables.shape(record)}")
+            if options.output is not None:  # as it happens: whoever stops the run keeps what is measured
+                save(result, options.output)
+    tables.show(f"{op}: all candidates", *tables.candidates(result))
+    tables.show(f"{op}: kdfast", *tables.summary(result))
     path = options.output
     if path is None and not options.quick and not options.shapes:
         path = RESULTS / f"{machine(result['environment'])}-{op}.json"
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(f"Written: {path}")
+        save(result, path)
+        print(f"Written: {path}")
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal; a line a step where rich is not installed."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda text: print(text, flush=True)
+        return
+    with Progress() as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)

@@ -1,6 +1,7 @@
 """Writes the README's benchmark tables from the newest result files; ``--check`` only says whether they are current.
 
-The table of op ``kl`` stands between ``<!-- benchmarks:kl -->`` and ``<!-- /benchmarks:kl -->``.
+The table of op ``kl`` stands between ``<!-- benchmarks:kl -->`` and ``<!-- /benchmarks:kl -->``; what the newest run of
+`make gpu` found, between ``<!-- gpu -->`` and ``<!-- /gpu -->``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,10 +21,12 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 BLOCK = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
+GPU_BLOCK = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 
 
 def updated(readme: str, results: Path) -> str:
     """``readme`` with every table written anew."""
+    readme = GPU_BLOCK.sub(lambda block: block[1] + gpu_section(results) + block[2], readme)
     return BLOCK.sub(lambda block: block[1] + section(block[2], results) + block[3], readme)
 
 
@@ -42,9 +46,33 @@ def device_section(op: str, device: str, results: Path) -> str:
     )
 
 
+def gpu_section(results: Path) -> str:
+    """What the newest run on a GPU built, proved and measured, or that there was none."""
+    run = max(gpu_runs(results), key=lambda pair: pair[1]["environment"]["date"], default=None)
+    if run is None:
+        return "**GPU**: not yet measured. No result file of `make gpu` is in `benchmarks/results`.\n"
+    path, result = run
+    raw = f"[{path.name}](benchmarks/results/{path.name})"
+    parts = [f"{gpu_report.description(result)} Everything: {raw}.", gpu_report.stage_table(result)]
+    parts += [
+        f"`{op}`\n\n{tables.markdown(*tables.summary(measured))}"
+        for op, measured in gpu_report.benchmarks(result).items()
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def gpu_runs(results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Result files of `make gpu`."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
+    return [(path, result) for path, result in found if "stages" in result and result["environment"]["gpu"]]
+
+
 def newest(op: str, device: str, results: Path) -> tuple[Path, dict[str, Any]] | None:
     found = [(path, json.loads(path.read_text())) for path in sorted(results.glob(f"*-{op}.json"))]
     found = [(path, result) for path, result in found if result["environment"]["device"] == device]
+    if device == "cuda":
+        runs = ((path, gpu_report.benchmarks(run)) for path, run in gpu_runs(results))
+        found += [(path, measured[op]) for path, measured in runs if op in measured]
     return max(found, key=lambda pair: pair[1]["environment"]["date"], default=None)
 
 

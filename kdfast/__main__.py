@@ -13,7 +13,7 @@ from kdfast import backends
 def report() -> str:
     """The text ``python -m kdfast`` prints."""
     lines = [
-        f"kdfast {importlib.metadata.version('kdfast')}",
+        f"kdfast {_version()}",
         f"python {platform.python_version()}",
         f"torch {torch.__version__} (cuda {torch.version.cuda or 'not in this build'})",
         f"cpu kernels: {_cpu_line()}",
@@ -31,6 +31,13 @@ def report() -> str:
                 missing.append(f"{op}: no {backend} kernel here: {reason}")
     lines.append("every other function runs the reference (plain PyTorch)")
     return "\n".join([*lines, *([""] if missing else []), *missing])
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kdfast")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its sources)"
 
 
 def _cpu_line() -> str:
