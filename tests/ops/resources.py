@@ -1,6 +1,7 @@
-"""The record of what every kernel needs of a GPU: registers, spills, shared memory, in resources/<op>.txt.
+"""The record of what every kernel needs of a GPU: registers, spills, shared memory. In resources/<op>.txt the Triton
+kernels of an op, in resources/cuda_<name>.txt those of csrc/cuda/<name>.cu.
 
-``python tests/ops/resources.py [op ...]`` compiles every build for every target, no GPU needed, and writes it anew.
+``python tests/ops/resources.py [op or cuda_<name> ...]`` compiles for every target, no GPU needed, and writes it anew.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: what pytest puts on the path
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
+from cuda_sources import ARCHITECTURES, NVCC, SOURCES, kernels_of
 from kernels import OPS, every_build
 from triton_support import TARGETS, Build, Resources, compile_all
 
@@ -65,12 +67,12 @@ def from_text(text: str) -> Record:
     return record
 
 
-def path_of(op: str) -> Path:
-    return FOLDER / f"{op}.txt"
+def path_of(name: str) -> Path:
+    return FOLDER / f"{name}.txt"
 
 
-def read(op: str) -> Record:
-    return from_text(path_of(op).read_text())
+def read(name: str) -> Record:
+    return from_text(path_of(name).read_text())
 
 
 def compare(old: Record, new: Record) -> tuple[list[str], list[str]]:
@@ -91,13 +93,20 @@ def compare(old: Record, new: Record) -> tuple[list[str], list[str]]:
     return worse, changed
 
 
-def write(op: str) -> None:
-    builds = every_build(op)
+def write(name: str) -> None:
+    record: Record = {}
+    if name.startswith("cuda_"):
+        for target in ARCHITECTURES:
+            for kernel, needs in kernels_of(SOURCES[name.removeprefix("cuda_")], target).items():
+                record.setdefault(kernel, {})[target] = needs
+    else:
+        builds = every_build(name)
+        record = record_of(builds, compile_all(builds))
     FOLDER.mkdir(exist_ok=True)
-    path_of(op).write_text(to_text(record_of(builds, compile_all(builds))))
-    print(f"{path_of(op)}: {len(builds)} builds")
+    path_of(name).write_text(to_text(record))
+    print(path_of(name))
 
 
 if __name__ == "__main__":
-    for op in sys.argv[1:] or OPS:
-        write(op)
+    for name in sys.argv[1:] or [*OPS, *(f"cuda_{name}" for name in SOURCES if NVCC)]:
+        write(name)
