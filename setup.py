@@ -30,7 +30,7 @@ COMMON = [
 ]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
 PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
-CUDA: list[str] = []
+CUDA = ["csrc/cuda/kl.cu"]
 
 
 def levels() -> dict[str, list[str]]:
@@ -78,9 +78,10 @@ def extension() -> dict[str, object]:
     module = (CUDAExtension if cuda else CppExtension)(
         "kdfast._C",
         [*COMMON, *(CUDA if cuda else [])],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+        # USE_CUDA: the stable ABI's declarations for it.
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]},
         define_macros=macros,
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        depends=[str(path) for path in Path("csrc").rglob("*.*h")],
         py_limited_api=True,
     )
 

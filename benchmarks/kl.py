@@ -26,6 +26,7 @@ TEMPERATURE = 4.0
 SHAPES = [(128, 100), (256, 1000), (512, 32000), (256, 128256)]
 GPU_SHAPES = [(8192, 32000), (4096, 128256)]  # large enough to fill one
 QUICK_SHAPES = SHAPES[:2]
+LONG_ROWS = 8192  # from here on Triton reads a row in several tiles
 
 # Column of the table -> what runs there: the fastest of several ways to write it counts.
 BASELINES = {
@@ -47,6 +48,12 @@ def liger(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     log_p_student = F.log_softmax(student_logits.float() / TEMPERATURE, dim=-1)
     log_p_teacher = F.log_softmax(teacher_logits.float() / TEMPERATURE, dim=-1)
     return LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_p_student, log_p_teacher) * TEMPERATURE**2
+
+
+def by_cluster(loss: Loss, **inputs: Tensor) -> Tensor:
+    """The kernel of thread-block clusters in place of Triton's."""
+    with kdfast.backends.use(kdfast.backends.CUDA):
+        return loss(**inputs)
 
 
 class Empty(torch.autograd.Function):
@@ -96,6 +103,8 @@ def case(name: str, function: str, arguments: dict[str, Any], shape: tuple[int, 
             # Its own copy of the inputs, which from the second call on hold a gradient: as good as any other logits.
             candidates["kdfast, in place"] = step(partial(fast, inplace_backward=True), fresh(inputs))
         plain["F.kl_div"] = common_form
+        if kdfast.backends.can_run(kdfast.backends.CUDA, "kl", options.device.type)[0] and shape[1] >= LONG_ROWS:
+            candidates["kdfast, cluster"] = step(partial(by_cluster, fast), inputs)
         if LigerKLDIVLoss is not None and options.device.type == "cuda":
             candidates["Liger"] = step(liger, inputs)
     for label, loss in plain.items():

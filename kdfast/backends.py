@@ -22,12 +22,17 @@ AUTO = "auto"
 REFERENCE = "reference"
 CPU = "cpu"
 TRITON = "triton"
-NAMES = (AUTO, CPU, TRITON, REFERENCE)
+CUDA = "cuda"
+NAMES = (AUTO, CPU, TRITON, CUDA, REFERENCE)
 
 # op -> backends that have a kernel for it, in order of preference; the reference has every op.
 KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
+}
+# Kernels that run where they are forced alone: not measured yet against the default of their op.
+UNMEASURED: dict[str, tuple[str, ...]] = {
+    "kl": (CUDA,),  # long rows of forward and reverse KL by thread-block clusters; docs/gpu.md says what that may win
 }
 
 try:
@@ -39,6 +44,7 @@ except ImportError as error:
 
 
 _missing_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
+_missing_cuda = None if hasattr(torch.ops.kdfast, "kl_cluster") else "the C++ extension was built without csrc/cuda"
 
 
 def _from_environment() -> str:
@@ -67,6 +73,11 @@ def use(name: str) -> Iterator[None]:
         _forced = outer
 
 
+def is_forced(backend: str) -> bool:
+    """Whether ``backend`` was asked for by name."""
+    return _forced == backend
+
+
 def extension_problem() -> str | None:
     """Why the compiled extension is missing, or None where it is loaded."""
     return _missing_extension
@@ -76,15 +87,16 @@ def can_run(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
     """Whether ``backend`` has a kernel of ``op`` for tensors of ``dtype`` on ``device_type``, and if not, why."""
     if backend == REFERENCE:
         return True, ""
-    if backend not in KERNELS.get(op, ()):
+    if backend not in (*KERNELS.get(op, ()), *UNMEASURED.get(op, ())):
         return False, f"{op} has no {backend} kernel"
-    missing, wanted = (_missing_extension, "cpu") if backend == CPU else (_missing_triton, "cuda")
+    missing = {CPU: _missing_extension, TRITON: _missing_triton, CUDA: _missing_cuda}[backend]
+    wanted = "cpu" if backend == CPU else "cuda"
     if missing is not None:
         return False, missing
     if device_type != wanted:
         return False, f"the {backend} backend runs on {wanted} tensors, these are on {device_type}"
-    if backend == TRITON and dtype == torch.float64:
-        return False, "the triton kernels take float16, bfloat16 or float32, these are torch.float64"
+    if backend != CPU and dtype == torch.float64:
+        return False, f"the {backend} kernels take float16, bfloat16 or float32, these are torch.float64"
     return True, ""
 
 

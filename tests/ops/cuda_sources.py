@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
 TORCH = Path(torch.__file__).parent / "include"
 # What setup.py passes, and every warning an error.
 FLAGS = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-parameter,-Werror"]
+ABI = "TORCH_TARGET_VERSION=" + runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["TORCH_TARGET_VERSION"]
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -29,7 +31,7 @@ def kernels_of(source: Path, target: str) -> dict[str, tuple[int, int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         include = [f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH), "-isystem", str(TORCH / "torch/csrc/api/include")]
-        command = [NVCC, "-cubin", f"-arch={ARCHITECTURES[target]}", *FLAGS, *include, "-DUSE_CUDA"]
+        command = [NVCC, "-cubin", f"-arch={ARCHITECTURES[target]}", *FLAGS, *include, "-DUSE_CUDA", f"-D{ABI}"]
         result = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"{source.name} for {target}:\n{result.stdout}{result.stderr}")
@@ -44,4 +46,4 @@ def demangled(name: str) -> str:
     if filt is None:
         return name
     text = subprocess.run([filt, name], check=True, capture_output=True, text=True).stdout.strip()
-    return re.sub(r"\(.*\)$", "", text)
+    return re.sub(r"\(.*\)$", "", text.replace("(anonymous namespace)::", "").removeprefix("void "))

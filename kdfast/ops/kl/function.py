@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, define, differentiable_once, loss_like
 
 KINDS = {"forward": 0, "reverse": 1, "js": 2, "dkd": 3, "standardized": 4}
@@ -40,15 +41,15 @@ LIBRARY.define(f"kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
 
 
 def _kl_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from kdfast.ops.kl import triton_kernels  # needs triton, which a machine without a GPU may lack
+    from kdfast.ops.kl import cluster, triton_kernels  # need triton, which a machine without a GPU may lack
 
-    return triton_kernels.kl(*arguments)
+    return (cluster if backends.is_forced(backends.CUDA) else triton_kernels).kl(*arguments)
 
 
 def _kl_inplace_cuda(*arguments: Any) -> Tensor:
-    from kdfast.ops.kl import triton_kernels
+    from kdfast.ops.kl import cluster, triton_kernels
 
-    return triton_kernels.kl_(*arguments)
+    return (cluster if backends.is_forced(backends.CUDA) else triton_kernels).kl_(*arguments)
 
 
 LIBRARY.impl("kl", _kl_cuda, "CUDA")

@@ -1,0 +1,167 @@
+"""The cluster kernel of kl without a GPU: its own source on threads of the CPU, which meet at its barriers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdfast import reference
+from support import assert_within_rule
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+every_direction = pytest.mark.parametrize("direction", ["forward", "reverse"])
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulation") / "kl_cluster.so"
+    include = [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w"]
+    source = str(Path(__file__).with_name("cuda_emulation.cpp"))
+    subprocess.run(["c++", *flags, *include, source, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library)).kl_cluster_on_cpu
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def kl(
+    emulated,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    direction: str = "forward",
+    temperature: float = 2.0,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    blocks: int = 4,
+    needs_grad: bool = True,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each row, and the gradient of their sum."""
+    rows, classes = student.shape
+    grad = (student if inplace else torch.empty_like(student)) if needs_grad else None
+    loss = torch.full((rows,), math.nan)
+    numbers = [1 / (math.log(2) * temperature), temperature**2, temperature, 1.0]
+    mask = None if mask is None else mask.view(torch.uint8)
+    emulated(
+        *map(pointer, (student, teacher, grad, loss, mask, row_weight, None)),
+        ctypes.c_int64(student.stride(0)),
+        ctypes.c_int64(teacher.stride(0)),
+        ctypes.c_int32(classes),
+        *map(ctypes.c_float, numbers),
+        ctypes.c_int64(rows),
+        blocks,
+        TYPES[student.dtype],
+        int(direction == "reverse"),
+    )
+    return loss, grad
+
+
+def by_reference(
+    student: Tensor, teacher: Tensor, *, temperature: float = 2.0, **options: object
+) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().clone().requires_grad_()
+    loss = reference.kl_divergence(leaf, teacher, temperature, reduction="none", **options)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+def check(emulated, student: Tensor, teacher: Tensor, *, blocks: int = 4, **options: object) -> None:
+    fast = kl(emulated, student, teacher, blocks=blocks, **options)
+    truth = by_reference(student.double(), teacher.double(), **options)
+    plain = by_reference(student, teacher, **options)
+    of = partial(assert_within_rule, dtype=student.dtype, length=student.numel())
+    of("value", fast[0], plain[0], truth[0], floor=4.0)
+    of("gradient", fast[1], plain[1], truth[1], stored=student.dtype)
+
+
+def pair(rows: int, classes: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(classes)
+    student, teacher = (torch.randn(rows, classes, generator=generator) * scale for _ in range(2))
+    return student.to(dtype), teacher.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@every_direction
+def test_it_agrees_with_the_reference(emulated, direction, dtype):
+    # Per block of 64 threads: less than one copy a thread, an uneven number, several in each of the four groups.
+    for classes in (64, 1000, 12000):
+        check(emulated, *pair(2, classes, dtype), direction=direction)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_any_number_of_blocks_with_a_last_one_that_has_less_or_nothing(emulated, blocks):
+    for classes in (8, 40, 2000):
+        check(emulated, *pair(1, classes), blocks=blocks)
+
+
+@every_direction
+def test_classes_without_mass_add_nothing(emulated, direction):
+    student, teacher = pair(3, 800)
+    student[0, :300], teacher[0, :300] = -math.inf, -math.inf  # more than a block's slice
+    student[1, 5], teacher[1, 5] = -math.inf, -math.inf
+    teacher[2, 300:] = student[2, 300:] if direction == "reverse" else -math.inf
+    check(emulated, student, teacher, direction=direction)
+
+
+@every_direction
+def test_extreme_logits_and_a_low_temperature(emulated, direction):
+    student, teacher = pair(2, 400, scale=1e4)
+    loss, grad = kl(emulated, student, teacher, direction=direction, temperature=0.05)
+    truth, _ = by_reference(student.double(), teacher.double(), direction=direction, temperature=0.05)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+    assert grad.isfinite().all()
+
+
+def test_a_nan_stays_in_its_row(emulated):
+    student, teacher = pair(3, 400)
+    teacher[1, 399] = math.nan
+    loss, grad = kl(emulated, student, teacher)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad[1].isnan().any() and not grad[[0, 2]].isnan().any()
+
+
+def test_rows_that_do_not_count_are_not_read_and_weights_count(emulated):
+    student, teacher = pair(4, 400)
+    mask = torch.tensor([True, False, True, True])
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64)
+    expected = kl(emulated, student, teacher)
+    student[1], teacher[1] = math.nan, math.nan
+    loss, grad = kl(emulated, student, teacher, mask=mask, row_weight=weight)
+    factor = weight.float() * mask
+    torch.testing.assert_close(loss, expected[0] * factor)
+    torch.testing.assert_close(grad, expected[1] * factor[:, None])
+    assert (grad[1] == 0).all()
+
+
+def test_equal_rows_are_exactly_0_and_runs_repeat_their_bits(emulated):
+    student, teacher = pair(2, 4000, torch.bfloat16)
+    loss, grad = kl(emulated, student, student.clone())
+    assert (loss == 0).all() and (grad == 0).all()
+    first, second = (kl(emulated, student, teacher) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_rows_may_be_apart_and_the_gradient_may_overwrite_the_student(emulated):
+    student, teacher = pair(3, 400)
+    apart = torch.full((3, 512), math.nan)
+    apart[:, :400] = teacher
+    expected = kl(emulated, student, teacher)
+    assert all(torch.equal(*both) for both in zip(kl(emulated, student, apart[:, :400]), expected, strict=True))
+    alone, none = kl(emulated, student, teacher, needs_grad=False)
+    assert none is None and torch.equal(alone, expected[0])
+    loss, grad = kl(emulated, student, teacher, inplace=True)
+    assert grad is student and torch.equal(grad, expected[1]) and torch.equal(loss, expected[0])
