@@ -188,3 +188,11 @@ def sample_inputs(
     generator = torch.Generator().manual_seed(seed)
     sample = SAMPLES[name]
     return sample.inputs(generator, leading, width), sample.draw(generator, leading, width)
+
+
+def of_rows(name: str, seed: int, rows: int, width: int) -> dict[str, Any]:
+    """A sample of six rows and its options, with rows left out or repeated: options do not depend on ``rows``."""
+    inputs, options = sample_inputs(name, seed, (6,), width)
+    chosen = torch.arange(rows) % 6
+    both = {**inputs, **options}
+    return {k: v[chosen] if isinstance(v, Tensor) and v.shape[:1] == (6,) else v for k, v in both.items()}

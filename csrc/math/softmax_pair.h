@@ -6,11 +6,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define KDFAST_HD __host__ __device__ __forceinline__
-#else
-#define KDFAST_HD inline
-#endif
+#include "math/host_device.h"
 
 namespace kdfast {
 
@@ -19,7 +15,7 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 // What brings the largest y to about 0; 0 where there is no logit above -inf, so that differences are defined.
 // A product that must not be contracted into an fma: shifts of equal maxima are equal.
-KDFAST_HD float shift_of(float largest, float factor) {
+KDFAST_HOST_DEVICE float shift_of(float largest, float factor) {
   if (largest == kMinusInfinity) return 0;
 #ifdef __CUDA_ARCH__
   return __fmul_rn(largest, factor);
@@ -38,7 +34,7 @@ struct PairSums {
 
 // ``sums`` relative to maxima that are not smaller.
 template <bool REVERSE>
-KDFAST_HD PairSums moved(PairSums sums, float max_s, float max_t, float factor) {
+KDFAST_HOST_DEVICE PairSums moved(PairSums sums, float max_s, float max_t, float factor) {
   const float d_s = shift_of(sums.max_s, factor) - shift_of(max_s, factor);
   const float d_t = shift_of(sums.max_t, factor) - shift_of(max_t, factor);
   // Only a sum without a finite logit, which is 0, moves up: it must not meet an infinite power.
@@ -57,7 +53,7 @@ KDFAST_HD PairSums moved(PairSums sums, float max_s, float max_t, float factor) 
 
 // The sums of two parts together; the same bits whichever of them comes first.
 template <bool REVERSE>
-KDFAST_HD PairSums joined(const PairSums& a, const PairSums& b, float factor) {
+KDFAST_HOST_DEVICE PairSums joined(const PairSums& a, const PairSums& b, float factor) {
   const float max_s = fmaxf(a.max_s, b.max_s), max_t = fmaxf(a.max_t, b.max_t);
   PairSums x = moved<REVERSE>(a, max_s, max_t, factor);
   const PairSums y = moved<REVERSE>(b, max_s, max_t, factor);
@@ -69,7 +65,7 @@ KDFAST_HD PairSums joined(const PairSums& a, const PairSums& b, float factor) {
 
 // ``sums`` and N more logits of either row.
 template <bool REVERSE, int N>
-KDFAST_HD PairSums extended(const PairSums& sums, const float (&s)[N], const float (&t)[N], float factor) {
+KDFAST_HOST_DEVICE PairSums extended(const PairSums& sums, const float (&s)[N], const float (&t)[N], float factor) {
   float max_s = sums.max_s, max_t = sums.max_t;
   for (int i = 0; i < N; ++i) {
     max_s = fmaxf(max_s, s[i]);
@@ -96,7 +92,7 @@ struct PairDivergence {
   float factor, shift_s, shift_t, value, k_s, k_t, middle;
 
   // ``slope``: what multiplies p_s - p_t (forward), p_s (log(p_s / p_t) - KL) (reverse).
-  KDFAST_HD PairDivergence(const PairSums& row, float factor, float slope)
+  KDFAST_HOST_DEVICE PairDivergence(const PairSums& row, float factor, float slope)
       : factor(factor), shift_s(shift_of(row.max_s, factor)), shift_t(shift_of(row.max_t, factor)) {
     const float ratio = log2f(row.sum_s) - log2f(row.sum_t);
     middle = row.cross / (REVERSE ? row.sum_s : row.sum_t);
@@ -105,7 +101,7 @@ struct PairDivergence {
     k_t = slope / row.sum_t;
   }
 
-  KDFAST_HD float gradient(float s, float t) const {
+  KDFAST_HOST_DEVICE float gradient(float s, float t) const {
     const float y_s = fmaf(s, factor, -shift_s), y_t = fmaf(t, factor, -shift_t);
     const float e_s = exp2f(y_s);
     if (REVERSE) return e_s == 0 ? 0.f : e_s * k_s * ((y_s - y_t) - middle);
@@ -113,7 +109,7 @@ struct PairDivergence {
   }
 
  private:
-  KDFAST_HD static float product(float a, float b) {
+  KDFAST_HOST_DEVICE static float product(float a, float b) {
 #ifdef __CUDA_ARCH__
     return __fmul_rn(a, b);
 #else

@@ -10,7 +10,7 @@ from cuda_support import arguments_of, assert_same_bits, kernel_functions, step
 
 import kdfast
 from samples import NAMES
-from support import first_output, is_differentiable
+from support import cast, first_output, is_differentiable, of_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -158,11 +158,16 @@ def test_another_batch_size_compiles_nothing(name):
     from triton import knobs
 
     made = []
-    step(name, arguments_of(name, seed=0, leading=(6,), width=48))()
+
+    def run(rows: int) -> None:
+        for seed in range(3):
+            step(name, cast(of_rows(name, seed, rows, 48), torch.bfloat16, device="cuda"))()
+
+    run(6)
     knobs.runtime.jit_post_compile_hook = lambda **kw: made.append(kw["repr"])
     try:
         for rows in (7, 16, 1, 33):
-            step(name, arguments_of(name, seed=0, leading=(rows,), width=48))()
+            run(rows)
     finally:
         knobs.runtime.jit_post_compile_hook = None
     assert made == []

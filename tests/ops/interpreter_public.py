@@ -6,9 +6,10 @@ import pytest
 import torch
 from as_on_a_gpu import asked
 
+import kdfast
 from kdfast import backends
 from samples import NAMES, SAMPLES
-from support import LAYOUTS, assert_parity, sample_inputs
+from support import LAYOUTS, assert_parity, cast, first_output, sample_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = 24  # enough draws of the options to reach every compile-time combination the functions can ask for
@@ -27,6 +28,20 @@ def test_public_functions_keep_the_rule(name):
         assert_parity(name, inputs, options, DTYPES[seed % len(DTYPES)], layout=layout, seed=seed)
         if not asked & backends.KERNELS.keys():
             break  # the reference, which other tests cover
+    asked.update(before)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_into_the_launchers(name):
+    inputs, options = sample_inputs(name, 1, SAMPLES[name].leading[0], 5)
+    arguments = cast({**inputs, **options}, torch.float32)
+    before = set(asked)
+    asked.clear()
+    expected = first_output(getattr(kdfast, name)(**arguments))
+    if asked & backends.KERNELS.keys() and name != "linear_kl_divergence":  # whose products are the user's own
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(first_output(getattr(kdfast, name)(**arguments)), expected)
     asked.update(before)
 
 

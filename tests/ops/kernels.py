@@ -128,10 +128,12 @@ def builds_of(op: str) -> ModuleType:
 
 def default_builds(op: str) -> list[Build]:
     """What `make test` compiles."""
-    return builds_of(op).default_builds()
+    module = builds_of(op)
+    assert hasattr(module, "default_builds"), f"tests/ops/test_{op}_triton.py has no default_builds() -> list[Build]"
+    return module.default_builds()
 
 
 def every_build(op: str) -> list[Build]:
     """Every kernel in every default configuration for every target: what `make test-long` compiles."""
     module = builds_of(op)
-    return getattr(module, "every_build", module.default_builds)()
+    return module.every_build() if hasattr(module, "every_build") else default_builds(op)

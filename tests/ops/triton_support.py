@@ -137,6 +137,13 @@ def compile_all(builds: Iterable[Build], workers: int = 2) -> dict[str, Resource
     return {name: _compiled[key] for name, key in keys.items()}
 
 
+def report(resources: dict[str, Resources]) -> str:
+    lines = [
+        f"{r.registers:4d} registers {r.shared:6d} bytes shared {r.spills:3d} spills  {n}" for n, r in resources.items()
+    ]
+    return "\n".join(lines)
+
+
 def loops(ptx: str) -> list[str]:
     """The bodies of innermost loops: from a label to the branch back to it."""
     found = []
