@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,3 +89,21 @@ def test_the_report_names_every_op_and_the_level():
 def test_an_unavailable_level_is_an_error():
     with pytest.raises(ValueError, match="cpu level must be"), backends.use_cpu_level("avx1024"):
         pass
+
+
+def test_a_kernel_that_is_not_measured_runs_only_where_it_is_forced(monkeypatch):
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(backends, "_missing_triton", None)
+    monkeypatch.setattr(backends, "_missing_cuda", None)
+    assert backends.UNMEASURED
+    for op, kernels in backends.UNMEASURED.items():
+        for backend in kernels:
+            assert backends.select(op, on_a_gpu) != backend
+            with backends.use(backend):
+                assert backends.select(op, on_a_gpu) == backend and backends.is_forced(backend)
+            assert f"use({backend!r}) runs a kernel that is not measured" in report()
+    with backends.use("cuda"), pytest.raises(RuntimeError, match="topk_kl has no cuda kernel"):
+        backends.select("topk_kl", on_a_gpu)
+    monkeypatch.setattr(backends, "_missing_triton", "triton is not installed")
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert backends.select("kl", on_a_gpu) == backends.REFERENCE

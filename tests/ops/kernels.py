@@ -54,9 +54,16 @@ def functions(op: str) -> dict[str, Function]:
     }
 
 
-def every_function() -> dict[str, Function]:
-    """Of all ops, by name: kernels of one op may call another's."""
-    return {name: function for op in OPS for name, function in functions(op).items()}
+def seen_from(op: str) -> dict[str, tuple[str, Function]]:
+    """Name -> op and function, of all that a kernel of ``op`` may mean: its own first, then what others lend."""
+    found = {name: (other, function) for other in OPS for name, function in functions(other).items()}
+    return found | {name: (op, function) for name, function in functions(op).items()}
+
+
+def op_of(kernel: str) -> str:
+    """Where a kernel that is launched stands."""
+    (op,) = [op for op in OPS if kernel in functions(op) and functions(op)[kernel].launched]
+    return op
 
 
 def called(node: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -91,20 +98,21 @@ def first_line(node: ast.AST) -> str:
     return f"line {node.lineno}, {ast.unparse(node).splitlines()[0]}"
 
 
-def deciding(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The constexpr parameters of function ``name`` that an ``if`` in it, or in what it calls, looks at.
+def deciding(op: str, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The constexpr parameters of function ``name`` of ``op`` that an ``if`` in it, or in what it calls, looks at.
 
     The others are sizes. Not among them is what asks whether there are instructions that only a GPU has.
     """
-    known = every_function()
-    function, decides = known[name], set()
+    known = seen_from(op)
+    function, decides = functions(op)[name], set()
     for node in ast.walk(function.node):
         if isinstance(node, (ast.If, ast.IfExp)) and ASSEMBLY not in text(node.body):
             decides |= names_in(node.test)
     for other, call in called(function.node):
         if other in known and other not in seen:
-            wanted = deciding(other, seen | {name})
-            pairs = [*zip(known[other].parameters, call.args, strict=False), *((k.arg, k.value) for k in call.keywords)]
+            home, callee = known[other]
+            wanted = deciding(home, other, seen | {name})
+            pairs = [*zip(callee.parameters, call.args, strict=False), *((k.arg, k.value) for k in call.keywords)]
             for parameter, value in pairs:
                 if parameter in wanted:
                     decides |= names_in(value)
@@ -118,7 +126,7 @@ def names_in(node: ast.AST) -> set[str]:
 def choice(kernel: str, constants: Mapping[str, object]) -> tuple[tuple[str, object], ...]:
     """Which of its branches a launch with ``constants`` compiles: the values of what decides."""
     # True == 1, and both stand for the same choice.
-    return tuple((name, constants[name]) for name in sorted(deciding(kernel)))
+    return tuple((name, constants[name]) for name in sorted(deciding(op_of(kernel), kernel)))
 
 
 def builds_of(op: str) -> ModuleType:

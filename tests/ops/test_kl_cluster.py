@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import shutil
 import subprocess
 from functools import partial
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from kdfast import reference
-from support import assert_within_rule
+from kdfast.ops.autograd import REDUCTIONS
+from kdfast.ops.kl import KINDS
+from support import LAYOUTS, assert_within_rule
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -165,3 +168,88 @@ def test_rows_may_be_apart_and_the_gradient_may_overwrite_the_student(emulated):
     assert none is None and torch.equal(alone, expected[0])
     loss, grad = kl(emulated, student, teacher, inplace=True)
     assert grad is student and torch.equal(grad, expected[1]) and torch.equal(loss, expected[0])
+
+
+SCHEMA = (
+    "kl_cluster(Tensor student, Tensor teacher, Tensor(a!)? grad, Tensor(b!) losses, Tensor? mask, Tensor? row_weight, "
+    "Tensor? count_factor, float temperature, bool reverse, float scale, float weight) -> ()"
+)
+
+
+@pytest.fixture
+def launcher(emulated, monkeypatch):
+    """kdfast/ops/kl/cluster.py over the emulated kernel, as the extension of a CUDA build registers it."""
+    pytest.importorskip("triton")
+    from kdfast.ops.kl import cluster
+
+    assert SCHEMA.replace(" ", "") in re.sub(r'"\s*"|\s', "", (ROOT / "csrc" / "cuda" / "kl.cu").read_text())
+    if hasattr(torch.ops.kdfast, "kl_cluster"):
+        pytest.skip("this extension has the kernel itself")
+
+    def run(student, teacher, grad, losses, mask, row_weight, count_factor, temperature, reverse, scale, weight):
+        for x in (student, teacher, grad):
+            assert x is None or (
+                x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+            )
+        numbers = map(ctypes.c_float, (1 / (math.log(2) * temperature), scale, scale / temperature, weight))
+        strides = [ctypes.c_int64(x.stride(0)) for x in (student, teacher)]
+        pointers = map(pointer, (student, teacher, grad, losses, mask, row_weight, count_factor))
+        emulated(
+            *pointers,
+            *strides,
+            ctypes.c_int32(student.shape[1]),
+            *numbers,
+            ctypes.c_int64(len(student)),
+            4,
+            TYPES[student.dtype],
+            int(reverse),
+        )
+
+    library = torch.library.Library("kdfast", "FRAGMENT")
+    library.define(SCHEMA)
+    library.impl("kl_cluster", run, "CPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    yield cluster
+    library._destroy()
+    torch.ops.kdfast.__dict__.pop("kl_cluster", None)
+
+
+def launched(cluster, student: Tensor, teacher: Tensor, direction: str, reduction: str, **changed: object):
+    arguments = {
+        "labels": None, "mask": None, "row_weight": None, "temperature": 2.0, "kind": KINDS[direction], "scale": 4.0,
+        "alpha": 1.0, "beta": 0.5, "ce_weight": 0.0, "label_smoothing": 0.0, "ignore_index": -100,
+        "reduction": REDUCTIONS[reduction],
+    }  # fmt: skip
+    return cluster.kl(student, teacher, **{**arguments, **changed}, needs_grad=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_direction
+def test_the_launcher_takes_any_layout_and_reduction(launcher, direction, reduction, layout):
+    student, teacher = (x.view(2, 2, 160) for x in pair(4, 160))
+    weight = torch.tensor([[0.5, 1.0], [2.0, 3.0]], dtype=torch.float64)
+    loss, grad = launched(
+        launcher, LAYOUTS[layout](student), LAYOUTS[layout](teacher), direction, reduction, row_weight=weight
+    )
+    leaf = student.clone().requires_grad_()
+    options = {"direction": direction, "reduction": reduction, "row_weight": weight}
+    expected = reference.kl_divergence(leaf, teacher, 2.0, **options)
+    expected.sum().backward()
+    torch.testing.assert_close(loss, expected.detach(), check_dtype=False)
+    torch.testing.assert_close(grad, leaf.grad)
+    assert launched(launcher, student[:0], teacher[:0], direction, reduction)[1].shape == (0, 2, 160)
+
+
+def test_the_launcher_refuses_what_the_kernel_cannot(launcher, monkeypatch):
+    student, teacher = pair(2, 160)
+    cannot = partial(pytest.raises, RuntimeError)
+    with cannot(match="forward and reverse KL, without labels"):
+        launched(launcher, student, teacher, "js", "sum")
+    with cannot(match="forward and reverse KL, without labels"):
+        launched(launcher, student, teacher, "forward", "sum", ce_weight=0.1)
+    with cannot(match="16 bytes, these have 159 classes"):
+        launched(launcher, student[:, :-1], teacher[:, :-1], "forward", "sum")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with cannot(match=r"compute capability 9\.0"):
+        launched(launcher, student, teacher, "forward", "sum")
