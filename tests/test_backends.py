@@ -92,7 +92,7 @@ def test_an_unavailable_level_is_an_error():
 
 
 def test_a_kernel_that_is_not_measured_runs_only_where_it_is_forced(monkeypatch):
-    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, is_cpu=False, is_cuda=True)
     monkeypatch.setattr(backends, "_missing_triton", None)
     monkeypatch.setattr(backends, "_missing_cuda", None)
     assert backends.UNMEASURED
