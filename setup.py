@@ -28,8 +28,10 @@ COMMON = [
     "csrc/cpu/kl.cpp",
     "csrc/cpu/topk_kl.cpp",
 ]
+COMMON += ["csrc/cpu/relation.cpp"]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
 PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
+PER_LEVEL += ["csrc/cpu/relation_panels.cpp"]
 CUDA: list[str] = []
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import checks
+from kdfast import backends, checks
+from kdfast.ops import relation
 from kdfast.reference import features as reference
 
 
@@ -107,7 +108,9 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
     """
     checks.check_features(student, teacher)
     checks.check_positive("eps", eps)
-    return reference.pkt_loss(student, teacher, eps=eps)
+    if not backends.has_kernel("relation", student):
+        return reference.pkt_loss(student, teacher, eps=eps)
+    return relation.pkt(student, teacher, eps)
 
 
 def kernel_alignment_loss(student: Tensor, teacher: Tensor, *, centered: bool = False) -> Tensor:
