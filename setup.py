@@ -28,10 +28,10 @@ COMMON = [
     "csrc/cpu/kl.cpp",
     "csrc/cpu/topk_kl.cpp",
 ]
-COMMON += ["csrc/cpu/relation.cpp"]
+COMMON += ["csrc/cpu/relation.cpp", "csrc/cpu/features.cpp"]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
 PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
-PER_LEVEL += ["csrc/cpu/relation_panels.cpp"]
+PER_LEVEL += ["csrc/cpu/relation_panels.cpp", "csrc/cpu/feature_rows.cpp"]
 CUDA: list[str] = []
 
 

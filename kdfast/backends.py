@@ -29,6 +29,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
     "relation": (CPU, TRITON),  # triton: unmeasured
+    "features": (CPU, TRITON),  # triton: unmeasured
 }
 
 try:

@@ -1,5 +1,6 @@
 // The panel kernels of crd and pkt on the CPU: what kdfast/ops/relation/tiles.py calls between matrix products.
 #include "cpu/relation_panels.h"
+#include "cpu/pool.h"
 
 #include <optional>
 #include <vector>
@@ -26,12 +27,12 @@ Panel panel_of(const Tensor& student, const std::optional<Tensor>& teacher, cons
 }
 
 // one(task) for all tasks by all threads, and the sum of what they return, in their order.
-template <class One> Tensor sum_of_tasks(const Tensor& like, const Panel& panel, const One& one) {
+template <class One> Tensor sum_of_tasks(const Panel& panel, const One& one) {
   std::vector<double> losses(panel.tasks());
   torch::stable::parallel_for(0, panel.tasks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) losses[task] = one(task);
   });
-  Tensor total = torch::stable::new_empty(like, {}, ScalarType::Double);
+  Tensor total = empty({}, ScalarType::Double);
   double* value = static_cast<double*>(total.data_ptr());
   *value = 0;
   for (double loss : losses) *value += loss;
@@ -44,7 +45,7 @@ Tensor crd_panel(Tensor student, std::optional<Tensor> teacher, const Tensor& st
   const Panel panel = panel_of(student, teacher, student_factor, teacher_factor, first);
   const CrdOptions options{static_cast<const int64_t*>(labels.data_ptr()), 1 / temperature, weight, scale};
   const auto kernel = KDFAST_SELECT_LEVEL(relation_kernels).crd[is_double(student)];
-  return sum_of_tasks(student, panel, [&](int64_t task) { return kernel(panel, options, task); });
+  return sum_of_tasks(panel, [&](int64_t task) { return kernel(panel, options, task); });
 }
 
 Tensor pkt_panel(Tensor student, const Tensor& teacher, const Tensor& student_factor, const Tensor& teacher_factor,
@@ -55,7 +56,7 @@ Tensor pkt_panel(Tensor student, const Tensor& teacher, const Tensor& student_fa
   const PktOptions options{student_inverse_sum.data_ptr(), teacher_inverse_sum.data_ptr(), eps, scale, row_sums.data(),
                            column_sums.data()};
   const auto kernel = KDFAST_SELECT_LEVEL(relation_kernels).pkt[is_double(student)];
-  const Tensor total = sum_of_tasks(student, panel, [&](int64_t task) { return kernel(panel, options, task); });
+  const Tensor total = sum_of_tasks(panel, [&](int64_t task) { return kernel(panel, options, task); });
   double* sums = static_cast<double*>(along.data_ptr());
   for (int64_t j = 0; j < first; ++j) sums[j] += column_sums[j];
   for (int64_t task = 0; task < panel.tasks(); ++task)

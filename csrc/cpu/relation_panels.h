@@ -15,7 +15,7 @@
 
 namespace kdfast {
 
-constexpr int64_t kTask = 512;  // columns: what a task keeps of them stays in L1 beside a row of two panels
+constexpr int64_t kTask = 128;  // columns: enough for a row's constants to cost little, few enough to share a small panel
 
 struct Panel {
   void* student;          // products of raw rows, (rows, columns) with `stride`; G afterwards

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.relation.rows import Rows, panels, raw_rows
+from kdfast.reference.features import kernel_features, safe_ratio
 from kdfast.reference.geometry import gram
 
 PANEL_ROWS = 512
 EPS = 1e-12  # of similarity_preserving's norms
-SEEN_AT_ONCE = 256  # rows of a panel of similarity_preserving, where it has panels
+SEEN_AT_ONCE = 1024  # rows of a panel of similarity_preserving's whole rows
 
 
 def double_cost(device: torch.device) -> float:
@@ -49,25 +50,28 @@ def feature_products(s: Rows, t: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return ss, st, tt
 
 
-def kernel_product(x: Tensor, y: Tensor) -> Tensor:
-    """``<x x^T, y y^T>`` of (N, D) and (N, E) from whichever of the two forms is cheaper; float64 from features.
+def kernel_alignment(student: Tensor, teacher: Tensor, centered: bool) -> Tensor:
+    """The loss of :func:`kdfast.kernel_alignment_loss`; arguments are already checked."""
+    s, t = kernel_features(student, centered), kernel_features(teacher.detach(), centered)
+    return 1 - kernel_cosine(s, t)
 
-    Plain PyTorch: two matrix products and their backward are all the time it takes.
+
+def kernel_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """``<K_x, K_y> / (|K_x| |K_y|)`` of (N, D) and (N, E), K = x x^T, from whichever of the two forms is cheaper.
+
+    Plain PyTorch, which autograd differentiates: a handful of matrix products of one size are all the time it takes.
     """
-    n = x.shape[0]
-    if not features_are_cheaper(n, x, y, products=(0, 2, 0), instead=(1, 1)):
-        return (gram(x) * gram(y)).sum()
+    n, dtype = x.shape[0], x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        return (x.double().mT @ y.double()).square().sum()
-
-
-def kernel_norm(x: Tensor) -> Tensor:
-    """``|x x^T|``, which has gradient 0 where it is 0."""
-    if not features_are_cheaper(x.shape[0], x, x, products=(0, 2, 0), instead=(1, 1)):
-        return torch.linalg.norm(gram(x))
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.double()
-        return torch.linalg.norm(wide.mT @ wide)
+        if features_are_cheaper(n, x, y, products=(2, 2, 1), instead=(2, 1)):
+            x, y = x.double(), y.double()
+            product = (x.mT @ y).square().sum()
+            norms = torch.linalg.norm(x.mT @ x) * torch.linalg.norm(y.mT @ y)
+        else:
+            K, L = gram(x), gram(y)
+            product = (K * L).sum()
+            norms = torch.linalg.norm(K) * torch.linalg.norm(L)
+        return safe_ratio(product, norms).to(dtype)
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:

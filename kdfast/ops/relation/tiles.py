@@ -24,6 +24,7 @@ from kdfast.ops.relation.rows import Rows, into_raw_gradient, panels, raw_rows, 
 # slow matrix products, more save little of the upper triangle.
 PANEL_BYTES = 2 * 2**20
 FEWEST, MOST = 64, 256
+SUMMED_ROWS = 128
 
 
 def panel_rows(n: int, itemsize: int) -> int:
@@ -148,9 +149,7 @@ def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple
                 _add_gradient(grad, G, s.x, first, last)
         if needs_grad:
             share = along * inverse_s  # the sum of row i answers for this much of each of its k
-            weighted = sum_s.new_zeros(sum_s.shape)
-            for first, last in panels(n, rows):
-                weighted += share[first:last] @ s.unit(first, last)
+            weighted = _sum_of_rows(s, share.to(s.x.dtype))
             for first, last in panels(n, rows):
                 through_sums = torch.outer(share[first:last], sum_s) + weighted
                 through_sums *= 0.5 / pairs * s.factor[first:last, None]
@@ -161,10 +160,17 @@ def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple
 
 def _inverse_row_sums(rows: Rows) -> tuple[Tensor, Tensor]:
     """``sum_j u_j`` and ``1 / sum_j k_ij``, in float64."""
-    n, d = rows.x.shape
-    total, sums = rows.x.new_zeros(d, dtype=torch.float64), rows.x.new_empty(n, dtype=torch.float64)
-    for first, last in panels(n, products.PANEL_ROWS):
-        total += rows.unit(first, last).sum(dim=0)
+    n = rows.x.shape[0]
+    total, sums = _sum_of_rows(rows), rows.x.new_empty(n, dtype=torch.float64)
     for first, last in panels(n, products.PANEL_ROWS):
         torch.mv(rows.unit(first, last), total, out=sums[first:last])
     return total, 2 / (n + sums)
+
+
+def _sum_of_rows(rows: Rows, weight: Tensor | None = None) -> Tensor:
+    """``sum_j weight_j u_j``: panels in their dtype, few enough rows for its digits, and their sums in float64."""
+    total = rows.x.new_zeros(rows.x.shape[1], dtype=torch.float64)
+    weight = rows.factor if weight is None else rows.factor * weight
+    for first, last in panels(rows.x.shape[0], SUMMED_ROWS):
+        total += torch.mv(rows.x[first:last].mT, weight[first:last])
+    return total
