@@ -149,7 +149,10 @@ def test_threads_change_no_bit():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             student, first = inputs["student_maps"].clone().requires_grad_(), features[0].clone().requires_grad_()
-            losses = kdfast.attention_transfer_loss(student, inputs["teacher_maps"]), kdfast.feature_mse_loss(first, features[1])
+            losses = (
+                kdfast.attention_transfer_loss(student, inputs["teacher_maps"]),
+                kdfast.feature_mse_loss(first, features[1]),
+            )
             sum(losses).backward()
             results.append((*(loss.detach() for loss in losses), student.grad, first.grad))
     finally:

@@ -39,7 +39,7 @@ def unit(request, monkeypatch) -> str:
 
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch) -> None:
-    monkeypatch.setattr(tiles, "MOST", 16)
+    monkeypatch.setitem(tiles.MOST, "cpu", 16)
     monkeypatch.setattr(products, "PANEL_ROWS", 16)
     monkeypatch.setattr(products, "SEEN_AT_ONCE", 16)
     monkeypatch.setattr(tiles, "SUMMED_ROWS", 16)
@@ -155,7 +155,9 @@ def test_rows_of_any_size_become_unit_rows(name, options, scale, unit):
         student = cast.pop("student").clone().requires_grad_()
         loss = function(student, **cast, **options)
         loss.backward()
-        values.append((loss.detach().double(), student.grad.double() * rounded["student"].double().norm(dim=1)[:, None]))
+        values.append(
+            (loss.detach().double(), student.grad.double() * rounded["student"].double().norm(dim=1)[:, None])
+        )
     (fast, fast_grad), (truth, true_grad) = values
     torch.testing.assert_close(fast, truth, rtol=2e-6, atol=0)
     torch.testing.assert_close(fast_grad, true_grad, rtol=1e-4, atol=1e-5 * float(true_grad.abs().max()))

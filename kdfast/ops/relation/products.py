@@ -2,8 +2,8 @@
 
 Losses near 0 are small differences of such products, and their gradients differences of sums over all rows, where the
 N x N matrices would be subtracted element by element first. So these products are made in float64, in which the
-differences keep all the digits that float32 results have, from panels of rows: nothing of N x D is ever float64. On
-data-centre GPUs and CPUs that costs at most three times the operation in float32; elsewhere it is seldom the cheaper way.
+differences keep all the digits that float32 results have, from panels of rows: nothing of N x D is ever float64 in the
+ops. On CPUs and data-centre GPUs that costs two to three times the operation in float32; elsewhere it seldom pays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEEN_AT_ONCE = 1024  # rows of a panel of similarity_preserving's whole rows
 
 
 def double_cost(device: torch.device) -> float:
-    """Time of an operation in float64, conversion included, over float32's: 3 on CPUs (measured), else by data sheet."""
+    """Time of an operation in float64, with conversion, over float32's: 3 on CPUs (measured), else by data sheet."""
     if device.type != "cuda":
         return 3.0
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
@@ -94,7 +94,7 @@ def _inverse_norms(norms: Tensor) -> tuple[Tensor, Tensor]:
 def _by_features(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
     """N^2 times the loss from products of features alone.
 
-    Row i of G_s has the norm r_i, r_i^2 = x_i^T (X^T X) x_i, likewise q_i, and <G_s,i, G_t,i> = x_i^T (X^T Y) y_i = m_i.
+    Row i of G_s has the norm r_i, r_i^2 = x_i^T (X^T X) x_i; likewise q_i; <G_s,i, G_t,i> = x_i^T (X^T Y) y_i = m_i.
     The loss is the sum of |a_i - b_i|^2 with a = G_s / r, b = G_t / q. Its gradient with respect to G_s is symmetrised
     2 (g_i G_s,ij - h_i G_t,ij) with h = 1 / (r q), and g = m / (r^3 q) where r moves with the norm.
     """

@@ -47,7 +47,8 @@ def unit_rows(x: Tensor, eps: float, *, add_eps: bool = False) -> Rows:
     along = torch.where(clamped, 0.0, 1 / torch.where(clamped, 1.0, norms))
     if _scaled_later(x, norms, zero):
         return Rows(x, inverse, inverse * along, None)
-    return Rows(torch.where(zero, 0.0, 1.0)[:, None] * x / divisor[:, None], torch.ones_like(norms), divisor * along, inverse)
+    unit = torch.where(zero[:, None], 0.0, x) / divisor[:, None]
+    return Rows(unit, torch.ones_like(norms), divisor * along, inverse)
 
 
 def _scaled_later(x: Tensor, norms: Tensor, zero: Tensor) -> bool:

@@ -20,16 +20,18 @@ from torch import Tensor
 from kdfast.ops.relation import products
 from kdfast.ops.relation.rows import Rows, into_raw_gradient, panels, raw_rows, unit_rows
 
-# Rows of a panel: as many as keep it in the processor's L2 or L3 beside the features, within these limits: fewer make
-# slow matrix products, more save little of the upper triangle.
-PANEL_BYTES = 2 * 2**20
-FEWEST, MOST = 64, 256
+# Bytes of a panel, so that it stays in cache between its two products: L3 of a CPU, L2 of a GPU (unmeasured).
+PANEL_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
+# Rows of one: fewer make slow matrix products, more leave little of the upper triangle out.
+FEWEST, MOST = 64, {"cpu": 256, "cuda": 1024}
 SUMMED_ROWS = 128
 
 
-def panel_rows(n: int, itemsize: int) -> int:
-    """Rows of a panel of an N x N matrix."""
-    return min(max(PANEL_BYTES // max(n * itemsize, 1), FEWEST), MOST, max(n, 1))
+def panel_rows(x: Tensor) -> int:
+    """Rows of a panel of the similarities of ``x`` (N, D)."""
+    n, device = x.shape[0], x.device.type
+    fitting = PANEL_BYTES[device] // max(n * x.element_size(), 1)
+    return min(max(fitting, FEWEST), MOST[device], max(n, 1))
 
 
 class _Buffer:
@@ -79,7 +81,7 @@ def crd(
         )
         if by_features:
             total += _alignment(s, t, temperature, alignment_weight, grad if needs_grad else None)
-        rows = panel_rows(n, s.x.element_size())
+        rows = panel_rows(s.x)
         student_panel = _Buffer(s.x, rows)
         teacher_panel = None if by_features or alignment_weight == 0 else _Buffer(t.x, rows)
         for first, last in panels(n, rows):
@@ -129,7 +131,7 @@ def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple
         grad, result = _empty_gradient(student, s.x, needs_grad)
         total, along = s.x.new_zeros((), dtype=torch.float64), s.x.new_zeros(n, dtype=torch.float64)
         (sum_s, inverse_s), (_, inverse_t) = _inverse_row_sums(s), _inverse_row_sums(t)
-        rows = panel_rows(n, s.x.element_size())
+        rows = panel_rows(s.x)
         student_panel, teacher_panel = _Buffer(s.x, rows), _Buffer(t.x, rows)
         for first, last in panels(n, rows):
             G = student_panel.products(s.x, first, last)
