@@ -9,6 +9,8 @@
 namespace kdfast {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634074;
+
 template <class C> KDFAST_INLINE const C* row_of(const void* data, int64_t row, int64_t stride) {
   return static_cast<const C*>(data) + row * stride;
 }
@@ -18,7 +20,7 @@ template <class C> struct Softplus {
   Vec<C> value, slope;
 };
 template <class C> KDFAST_INLINE Softplus<C> softplus(Vec<C> a) {
-  const Vec<C> e = exp_nonpositive<C>(a > C(0) ? -a : a);
+  const Vec<C> e = exp2_nonpositive<C>((a > C(0) ? -a : a) * C(kLog2E));
   const Vec<C> far = C(1) / (e + C(1));  // the slope at |a|
   return {(a > C(0) ? a : Vec<C>{}) + log1p_unit<C>(e), a > C(0) ? far : e * far};
 }

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, scalar_loss_like
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
 
-LIBRARY.define(
+define(
     "attention(Tensor student_maps, Tensor teacher_maps, float p, bool normalize, bool needs_grad) -> (Tensor, Tensor)"
 )
-LIBRARY.define("feature_mse(Tensor student, Tensor teacher, Tensor? mask, bool needs_grad) -> (Tensor, Tensor)")
+define("feature_mse(Tensor student, Tensor teacher, Tensor? mask, bool needs_grad) -> (Tensor, Tensor)")
 
 
 def _on_cuda(name: str) -> Any:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, scalar_loss_like
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
 from kdfast.ops.relation import products, tiles
 
-LIBRARY.define(
+define(
     "crd(Tensor student, Tensor teacher, Tensor labels, float temperature, float alignment_weight, bool normalize, "
     "bool needs_grad) -> (Tensor, Tensor)"
 )
-LIBRARY.define("pkt(Tensor student, Tensor teacher, float eps, bool needs_grad) -> (Tensor, Tensor)")
-LIBRARY.define("similarity_preserving(Tensor student, Tensor teacher, bool needs_grad) -> (Tensor, Tensor)")
+define("pkt(Tensor student, Tensor teacher, float eps, bool needs_grad) -> (Tensor, Tensor)")
+define("similarity_preserving(Tensor student, Tensor teacher, bool needs_grad) -> (Tensor, Tensor)")
 
 # What turns a panel of similarities into the gradient's, and returns its share of the loss (tiles.py).
 _SIMILARITIES = "Tensor(a!) student, Tensor{} teacher, Tensor student_factor, Tensor teacher_factor"
