@@ -28,9 +28,11 @@ COMMON = [
     "csrc/cpu/kl.cpp",
     "csrc/cpu/topk_kl.cpp",
 ]
+COMMON += ["csrc/cpu/relation.cpp", "csrc/cpu/features.cpp"]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
 PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
 CUDA = ["csrc/cuda/kl.cu"]
+PER_LEVEL += ["csrc/cpu/relation_panels.cpp", "csrc/cpu/feature_rows.cpp"]
 
 
 def levels() -> dict[str, list[str]]:

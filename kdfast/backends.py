@@ -29,6 +29,8 @@ NAMES = (AUTO, CPU, TRITON, CUDA, REFERENCE)
 KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
+    "relation": (CPU, TRITON),  # triton: unmeasured
+    "features": (CPU, TRITON),  # triton: unmeasured
 }
 # Kernels that run where they are forced alone: not measured yet against the default of their op.
 UNMEASURED: dict[str, tuple[str, ...]] = {

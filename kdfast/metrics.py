@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdfast import checks
-from kdfast.reference.features import kernel_features, safe_ratio
-from kdfast.reference.geometry import gram
+from kdfast.ops.relation import kernel_cosine
+from kdfast.reference.features import kernel_features
 
 
 @torch.no_grad()
@@ -40,17 +40,8 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     """
     checks.check_features(x, y, names=("x", "y"))
     x, y = kernel_features(x, centered=True), kernel_features(y, centered=True)
-    norms = kernel_product(x, x).sqrt() * kernel_product(y, y).sqrt()
     # At most 1 by Cauchy-Schwarz; rounding does not know.
-    return safe_ratio(kernel_product(x, y), norms).clamp(max=1)
-
-
-def kernel_product(x: Tensor, y: Tensor) -> Tensor:
-    """``<x x^T, y y^T> = |x^T y|^2`` of (N, D) and (N, E), from whichever of the two products is smaller."""
-    if x.shape[0] ** 2 <= x.shape[1] * y.shape[1]:
-        return (gram(x) * gram(y)).sum()
-    with torch.autocast(x.device.type, enabled=False):
-        return (x.mT @ y).square().sum()
+    return kernel_cosine(x, y).clamp(max=1)
 
 
 def accuracy_transfer_ratio(student: float, baseline: float, teacher: float) -> float:

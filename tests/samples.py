@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kdfast
+
 Shape = tuple[int, ...]
 Inputs = dict[str, Tensor]
 
@@ -141,6 +143,25 @@ def standardized_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     return softmax_terms(inputs, options) / max(float(deviation), 1e-7)
 
 
+def crd_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """2 / N (1 + 2 |s - t|) |x| / temperature, unit x over the norm of its row with ``normalize``."""
+    student, teacher = (inputs[side].flatten(1) for side in ("student", "teacher"))
+    norms = student.norm(dim=1)
+    slope = norms.max()
+    if options.get("normalize"):
+        student, teacher, slope = (*(torch.nn.functional.normalize(x) for x in (student, teacher)), 1 / norms.min())
+    temperature = options.get("temperature", 0.1)
+    apart = (student @ student.mT - teacher @ teacher.mT).abs().max() / temperature
+    return float(2 / len(student) * (1 + 2 * apart) * slope / temperature)
+
+
+def pkt_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """c_t / (c_s + eps), which is large for rows that only the student takes for opposite, over norms."""
+    eps, norms = options.get("eps", 1e-7), inputs["student"].flatten(1).norm(dim=1)
+    student, teacher = (kdfast.reference.features.neighbours(inputs[side], eps) for side in ("student", "teacher"))
+    return float((teacher / (student + eps)).max() / len(student) / norms.min())
+
+
 LOGIT_SHAPES: Sequence[Shape] = ((6,), (2, 3), (1,), (), (2, 1, 2))
 LOGIT_WIDTHS = (1, 2, 5, 16, 33, 100)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -226,14 +247,16 @@ SAMPLES: dict[str, Sample] = {
     "attention_transfer_loss": Sample(
         map_pair, {"p": (2, 1, 3), "normalize": (True, False)}, module="AttentionTransferLoss"
     ),
-    "pkt_loss": Sample(feature_pair, module="PKTLoss"),
+    "pkt_loss": Sample(feature_pair, module="PKTLoss", gradient_terms=pkt_terms),
     "kernel_alignment_loss": Sample(feature_pair, {"centered": (False, True)}, module="KernelAlignmentLoss"),
     "similarity_preserving_loss": Sample(feature_pair, module="SimilarityPreservingLoss"),
     "rkd_distance_loss": Sample(feature_pair, module="RKDDistanceLoss"),
     "rkd_angle_loss": Sample(feature_pair, module="RKDAngleLoss"),
     "rkd_loss": Sample(feature_pair, module="RKDLoss"),
     "rkd_sequence_angle_loss": Sample(sequence_pair, {"mask": (None, token_mask)}, module="RKDSequenceAngleLoss"),
-    "crd_loss": Sample(labelled_features, {"normalize": (False, True)}, module="InBatchCRDLoss"),
+    "crd_loss": Sample(
+        labelled_features, {"normalize": (False, True)}, module="InBatchCRDLoss", gradient_terms=crd_terms
+    ),
     "similarity_graph": Sample(
         single_features,
         {"metric": ("cosine", "dot", "euclidean"), "include_self": (False, True)},

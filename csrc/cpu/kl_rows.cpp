@@ -11,30 +11,9 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-template <class S> using ComputeOf = typename Compute<S>::type;
-
 KDFAST_INLINE int64_t block_length(int64_t classes, int64_t block) {
   const int64_t left = classes - block * kBlock;
   return left < kBlock ? left : kBlock;
-}
-
-// Calls body(i, whole) for each full vector of n elements and once for the rest: `whole` is a compile-time bool.
-struct Whole { static constexpr bool value = true; };
-struct Part { static constexpr bool value = false; };
-template <class C, class Body> KDFAST_INLINE void each_vector(int64_t n, const Body& body) {
-  constexpr int W = Simd<C>::width;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) body(i, Whole{});
-  if (i < n) body(i, Part{});
-}
-template <class Extent, class S, class C = ComputeOf<S>>
-KDFAST_INLINE Vec<C> read(Extent, const S* p, int64_t i, int64_t n, C fill) {
-  if constexpr (Extent::value) return load(p + i);
-  else return load_tail(p + i, n - i, fill);
-}
-template <class Extent, class S, class V> KDFAST_INLINE void write(Extent, S* p, int64_t i, int64_t n, V v) {
-  if constexpr (Extent::value) store(p + i, v);
-  else store_tail(p + i, n - i, v);
 }
 
 // Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.

@@ -224,6 +224,17 @@ template <class C> KDFAST_INLINE Vec<C> log_positive(Vec<C> x) {
   return x == x ? result : x;
 }
 
+// log(1 + e) for e in [0, 1] or NaN; relative error at most 2 ulp (tests/ops/test_simd.py).
+template <class C> KDFAST_INLINE Vec<C> log1p_unit(Vec<C> e) {
+  // 2 atanh(z) with z = e / (2 + e) <= 1/3: 2 z (1 + z^2/3 + z^4/5 + ...).
+  constexpr int kTerms = sizeof(C) == 4 ? 8 : 17;
+  const Vec<C> z = e / (e + C(2)), z2 = z * z;
+  Vec<C> series = broadcast<C>(C(2.0 / (2 * kTerms + 1)));
+#pragma GCC unroll 32
+  for (int k = kTerms - 1; k >= 1; --k) series = series * z2 + C(2.0 / (2 * k + 1));
+  return z * C(2) + z * (z2 * series);
+}
+
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
 // Rotations within the register: through memory a fold costs as much as a hundred elements.
 template <class C, class Combine, int... Lane>
@@ -253,6 +264,27 @@ template <class C> KDFAST_INLINE double sum_lanes(Vec<C> v) {
 }
 template <class C> KDFAST_INLINE C max_lanes(Vec<C> v) {
   return fold_lanes<C>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+template <class S> using ComputeOf = typename Compute<S>::type;
+
+// Calls body(i, whole) for each full vector of n elements and once for the rest: `whole` is a compile-time bool.
+struct Whole { static constexpr bool value = true; };
+struct Part { static constexpr bool value = false; };
+template <class C, class Body> KDFAST_INLINE void each_vector(int64_t n, const Body& body) {
+  constexpr int W = Simd<C>::width;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, Whole{});
+  if (i < n) body(i, Part{});
+}
+template <class Extent, class S, class C = ComputeOf<S>>
+KDFAST_INLINE Vec<C> read(Extent, const S* p, int64_t i, int64_t n, C fill) {
+  if constexpr (Extent::value) return load(p + i);
+  else return load_tail(p + i, n - i, fill);
+}
+template <class Extent, class S, class V> KDFAST_INLINE void write(Extent, S* p, int64_t i, int64_t n, V v) {
+  if constexpr (Extent::value) store(p + i, v);
+  else store_tail(p + i, n - i, v);
 }
 
 }  // namespace

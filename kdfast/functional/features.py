@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import checks
+from kdfast import backends, checks
+from kdfast.ops import features, relation
 from kdfast.reference import features as reference
 
 
@@ -33,7 +34,9 @@ def feature_mse_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = 
     """
     checks.check_features(student, teacher, same_width=True)
     checks.check_feature_mask(mask, student)
-    return reference.feature_mse_loss(student, teacher, mask=mask)
+    if not backends.has_kernel("features", student):
+        return reference.feature_mse_loss(student, teacher, mask=mask)
+    return features.feature_mse(student, teacher, mask)
 
 
 def attention_transfer_loss(
@@ -76,7 +79,9 @@ def attention_transfer_loss(
     """
     checks.check_maps(student_maps, teacher_maps)
     checks.check_positive("p", p)
-    return reference.attention_transfer_loss(student_maps, teacher_maps, p, normalize=normalize)
+    if not backends.has_kernel("features", student_maps):
+        return reference.attention_transfer_loss(student_maps, teacher_maps, p, normalize=normalize)
+    return features.attention(student_maps, teacher_maps, p, normalize)
 
 
 def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -107,7 +112,9 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
     """
     checks.check_features(student, teacher)
     checks.check_positive("eps", eps)
-    return reference.pkt_loss(student, teacher, eps=eps)
+    if not backends.has_kernel("relation", student):
+        return reference.pkt_loss(student, teacher, eps=eps)
+    return relation.pkt(student, teacher, eps)
 
 
 def kernel_alignment_loss(student: Tensor, teacher: Tensor, *, centered: bool = False) -> Tensor:
@@ -139,4 +146,6 @@ def kernel_alignment_loss(student: Tensor, teacher: Tensor, *, centered: bool = 
     "Similarity of Neural Network Representations Revisited", https://arxiv.org/abs/1905.00414.
     """
     checks.check_features(student, teacher)
-    return reference.kernel_alignment_loss(student, teacher, centered=centered)
+    if not backends.has_kernel("relation", student):
+        return reference.kernel_alignment_loss(student, teacher, centered=centered)
+    return relation.kernel_alignment(student, teacher, centered)

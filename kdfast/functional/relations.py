@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import checks
+from kdfast import backends, checks
+from kdfast.ops import relation
 from kdfast.reference import relations as reference
 from kdfast.reference.crd import CRDLoss
 from kdfast.reference.relations import SimilarityGraph
@@ -54,7 +55,9 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Tung, Mori 2019, "Similarity-Preserving Knowledge Distillation", https://arxiv.org/abs/1907.09682.
     """
     checks.check_features(student, teacher)
-    return reference.similarity_preserving_loss(student, teacher)
+    if not backends.has_kernel("relation", student):
+        return reference.similarity_preserving_loss(student, teacher)
+    return relation.similarity_preserving(student, teacher)
 
 
 def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -231,9 +234,11 @@ def crd_loss(
     checks.check_labels(labels, student.shape[:1], student)
     checks.check_temperature(temperature)
     checks.check_non_negative("alignment_weight", alignment_weight)
-    return reference.crd_loss(
-        student, teacher, labels, temperature=temperature, alignment_weight=alignment_weight, normalize=normalize
-    )
+    if not backends.has_kernel("relation", student):
+        return reference.crd_loss(
+            student, teacher, labels, temperature=temperature, alignment_weight=alignment_weight, normalize=normalize
+        )
+    return relation.crd(student, teacher, labels, temperature, alignment_weight, normalize)
 
 
 def similarity_graph(

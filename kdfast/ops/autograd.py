@@ -59,6 +59,32 @@ class RowLoss(torch.autograd.Function):
         return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
 
 
+def scalar_loss_like(student: Tensor) -> Tensor:
+    """An empty scalar: float32 for half types."""
+    return loss_like(student.unsqueeze(-1), REDUCTIONS["sum"])
+
+
+class ScalarLoss(torch.autograd.Function):
+    """``op(student, *tensors, *options, needs_grad) -> (loss, grad)`` for losses that have no rows to tell apart.
+
+    ``grad`` may be wider than the student, so that float16 is not rounded before grad_output has scaled it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, *tensors: Tensor | None) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        loss, grad = op(student.detach(), *tensors, *options, needs_grad)
+        ctx.dtype, ctx.inputs = student.dtype, 3 + len(tensors)
+        if needs_grad:
+            ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _scaled(ctx.saved_tensors[0], grad_output.detach()).to(ctx.dtype)
+        return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
+
+
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
     """``grad * grad_output`` in the dtype of ``grad``; in place where no later backward can ask for ``grad`` again."""
     compiling = torch.compiler.is_compiling()

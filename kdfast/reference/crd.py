@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from kdfast import checks
@@ -63,9 +63,12 @@ class CRDLoss(nn.Module):
     ``m_i <- normalise(momentum * m_i + (1 - momentum) * s_i)``. In ``eval()`` mode neither Z nor memories change.
 
     The two projections are parameters of this loss and have to be given to the optimizer. The features given for the
-    teacher get no gradient. Memories, Z and q are buffers, so ``state_dict()`` holds all that training needs. Under
-    ``DistributedDataParallel`` construct it with ``broadcast_buffers=False``, which leaves each process its own memory;
-    otherwise those of rank 0 overwrite the others.
+    teacher get no gradient. Memories, Z and q are buffers, so ``state_dict()`` holds all that training needs.
+
+    With ``torch.distributed`` initialised, memories start as rank 0's, every rank stores the batches of all ranks, and
+    Z is the mean over them. The buffers are then the same everywhere, so ``DistributedDataParallel`` may broadcast them
+    or not, and rank 0's checkpoint is everyone's. Every rank must call the loss in training, with the same N
+    (``drop_last=True``), and no sample may be in two ranks' batches.
 
     Args:
         student_dim: width D_s of the student's features, flattened.
@@ -129,6 +132,7 @@ class CRDLoss(nn.Module):
         checks.check_fraction("momentum", momentum)
         checks.check_sample_weight(sample_weight, num_samples)
         self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
+        self._alike = False  # whether all ranks have the same memories
         self.student_projection = nn.Linear(student_dim, feature_dim)
         self.teacher_projection = nn.Linear(teacher_dim, feature_dim)
         weights = torch.ones(num_samples) if sample_weight is None else sample_weight.detach().cpu()
@@ -142,6 +146,8 @@ class CRDLoss(nn.Module):
         checks.check_projected("student", student, self.student_projection.weight)
         checks.check_projected("teacher", teacher, self.teacher_projection.weight)
         checks.check_contrast(student, teacher, indices, negatives, self.log_noise.numel())
+        if self.training and not self._alike and _world_size() > 1:
+            self._start_alike()
         if negatives is None:
             negatives = self.sampler(indices.shape[0], self.num_negatives)
         s = project(self.student_projection, student)
@@ -149,8 +155,12 @@ class CRDLoss(nn.Module):
         chosen = torch.cat([indices.unsqueeze(1), negatives], dim=1)
         loss = self._contrast(s, self.teacher_memory, chosen, 0) + self._contrast(t, self.student_memory, chosen, 1)
         if self.training:
-            self._remember(self.student_memory, s, indices)
-            self._remember(self.teacher_memory, t, indices)
+            rows = torch.cat([s.detach(), t.detach()], dim=1)
+            if _world_size() > 1:
+                rows, indices = _of_all_ranks(rows), _of_all_ranks(indices)
+            s_rows, t_rows = rows.split(s.shape[1], dim=1)
+            self._remember(self.student_memory, s_rows, indices)
+            self._remember(self.teacher_memory, t_rows, indices)
         return loss
 
     def _contrast(self, anchors: Tensor, memory: Tensor, chosen: Tensor, side: int) -> Tensor:
@@ -165,10 +175,17 @@ class CRDLoss(nn.Module):
         """log Z as it was kept, or from this batch if there is none yet: decided on the device, without a sync."""
         kept = self.log_normalizer[side]
         estimate = scores.logsumexp(dim=(0, 1)) - math.log(max(scores.numel(), 1))
+        if self.training and _world_size() > 1:
+            estimate = _of_all_ranks(estimate[None]).logsumexp(dim=0) - math.log(_world_size())
         log_z = torch.where(kept.isnan() & estimate.isfinite(), estimate.to(kept.dtype), kept)
         if self.training:
             self.log_normalizer[side] = log_z
         return log_z.to(scores.dtype)
+
+    def _start_alike(self) -> None:
+        for buffer in (self.student_memory, self.teacher_memory, self.log_normalizer):
+            distributed.broadcast(buffer, src=0)
+        self._alike = True
 
     @torch.no_grad()
     def _remember(self, memory: Tensor, rows: Tensor, indices: Tensor) -> None:
@@ -181,6 +198,18 @@ class CRDLoss(nn.Module):
             f"num_samples={self.log_noise.numel()}, num_negatives={self.num_negatives}, "
             f"temperature={self.temperature!r}, momentum={self.momentum!r}"
         )
+
+
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@torch.no_grad()
+def _of_all_ranks(x: Tensor) -> Tensor:
+    """The ``x`` of every rank, one after the other in their order."""
+    parts = [torch.empty_like(x) for _ in range(_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def project(projection: nn.Linear, features: Tensor) -> Tensor:

@@ -45,6 +45,27 @@ template <class C> double worst_log_ulp(int64_t samples) {
   return worst;
 }
 
+// The same for log1p_unit over [0, 1], half of the samples in its lower binades.
+template <class C> double worst_log1p_ulp(int64_t samples) {
+  constexpr int W = Simd<C>::width;
+  double worst = 0;
+  for (int64_t i = 0; i < samples; i += W) {
+    C x[W], got[W];
+    for (int j = 0; j < W; ++j) {
+      const double u = double(i + j) / double(samples);
+      x[j] = (i / W) % 2 ? C(u) : C(std::exp2(-100 * u));
+    }
+    store(got, log1p_unit<C>(load(x)));
+    for (int j = 0; j < W; ++j) {
+      const long double exact = log1pl(static_cast<long double>(x[j]));
+      const C nearest = C(exact);
+      const long double ulp = std::nextafter(nearest, C(2)) - nearest;
+      worst = std::fmax(worst, double(fabsl(got[j] - exact) / ulp));
+    }
+  }
+  return worst;
+}
+
 template <class S> void print_bits(const char* name) {
   constexpr int W = Simd<float>::width;
   std::printf("%s", name);
@@ -80,6 +101,8 @@ int main() {
   std::printf("exp2_double %.3f\n", worst_exp2_ulp<double>(1 << 20));
   std::printf("log_float %.3f\n", worst_log_ulp<float>(1 << 22));
   std::printf("log_double %.3f\n", worst_log_ulp<double>(1 << 20));
+  std::printf("log1p_float %.3f\n", worst_log1p_ulp<float>(1 << 22));
+  std::printf("log1p_double %.3f\n", worst_log1p_ulp<double>(1 << 20));
   float edge[Simd<float>::width] = {0.0f, -INFINITY, NAN, -1e4f}, out[Simd<float>::width];
   store(out, exp2_nonpositive<float>(load(edge)));
   std::printf("edges %g %g %g %g\n", out[0], out[1], out[2], out[3]);

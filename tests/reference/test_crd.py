@@ -321,6 +321,53 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(b, a)
 
 
+STEPS = 3
+
+
+def big_batch(step: int) -> SimpleNamespace:
+    """2 N samples for two ranks, or for one process."""
+    b = batch(step)
+    b.student, b.teacher = features(2 * N, STUDENT_DIM, seed=step), features(2 * N, TEACHER_DIM, seed=step + 50)
+    b.indices = torch.randperm(SAMPLES, generator=generator(step))[: 2 * N]
+    b.negatives = torch.randint(SAMPLES, (2 * N, K), generator=generator(step + 1))
+    return b
+
+
+def run_rank(rank: int, directory: str, broadcast_buffers: bool) -> None:
+    """Half of each batch, in a process of its own; leaves its losses, its gradients and its buffers in a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    loss = make(seed=rank)
+    parallel = torch.nn.parallel.DistributedDataParallel(loss, broadcast_buffers=broadcast_buffers)
+    values = []
+    for step in range(STEPS):
+        b = SimpleNamespace(**{name: value[rank * N :][:N] for name, value in vars(big_batch(step)).items()})
+        loss.zero_grad()
+        value = call(parallel, b)
+        value.backward()
+        values.append(value.detach())
+    gradients = [p.grad for p in loss.parameters()]
+    torch.save((values, gradients, dict(loss.named_buffers())), f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("broadcast_buffers", [True, False])
+def test_two_ranks_train_as_one_process_on_both_batches(tmp_path, broadcast_buffers: bool) -> None:
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path), broadcast_buffers), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    single = make(seed=0)
+    for step in range(STEPS):
+        single.zero_grad()
+        value = call(single, big_batch(step))
+        value.backward()
+        torch.testing.assert_close((ranks[0][0][step] + ranks[1][0][step]) / 2, value.detach())
+    for _, gradients, buffers in ranks:
+        for theirs, p in zip(gradients, single.parameters(), strict=True):
+            torch.testing.assert_close(theirs, p.grad)
+        for name, expected in single.named_buffers():
+            torch.testing.assert_close(buffers[name], expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_there_is_one_class() -> None:
     assert kdfast.CRDLoss is kdfast.reference.CRDLoss is kdfast.losses.CRDLoss is CRDLoss
 

@@ -1,0 +1,84 @@
+"""Schemas and fake kernels of ``torch.ops.kdfast.crd``, ``pkt`` and ``similarity_preserving``.
+
+Each returns the loss and its gradient for grad_output 1: the gradient is the size of the student, and what backward
+would need instead, the N x N similarities, is what no one wants to keep or compute twice. Forward and backward of the
+plain formula take 8 N^2 D operations each for similarity_preserving and pkt, 4 of them for each side's share; here
+it is one sweep. How backward works: ``ScalarLoss`` in kdfast/ops/autograd.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
+from kdfast.ops.relation import products, tiles
+
+define(
+    "crd(Tensor student, Tensor teacher, Tensor labels, float temperature, float alignment_weight, bool normalize, "
+    "bool needs_grad) -> (Tensor, Tensor)"
+)
+define("pkt(Tensor student, Tensor teacher, float eps, bool needs_grad) -> (Tensor, Tensor)")
+define("similarity_preserving(Tensor student, Tensor teacher, bool needs_grad) -> (Tensor, Tensor)")
+
+# What turns a panel of similarities into the gradient's, and returns its share of the loss (tiles.py).
+_SIMILARITIES = "Tensor(a!) student, Tensor{} teacher, Tensor student_factor, Tensor teacher_factor"
+LIBRARY.define(
+    f"crd_panel({_SIMILARITIES.format('?')}, Tensor labels, int first, float temperature, float weight, float scale) "
+    "-> Tensor"
+)
+LIBRARY.define(
+    f"pkt_panel({_SIMILARITIES.format('')}, Tensor student_inverse_sum, Tensor teacher_inverse_sum, "
+    "Tensor(b!) along, int first, float eps, float scale) -> Tensor"
+)
+
+
+def _panel_on_cuda(name: str) -> Any:
+    def launch(*arguments: Any) -> Tensor:
+        from kdfast.ops.relation import triton_kernels  # needs triton, which a machine without a GPU may lack
+
+        return getattr(triton_kernels, name)(*arguments)
+
+    return launch
+
+
+for _name in ("crd_panel", "pkt_panel"):
+    LIBRARY.impl(_name, _panel_on_cuda(_name), "CUDA")
+
+# The drivers are matrix products and panels on either device.
+for _name, _driver in (
+    ("crd", tiles.crd),
+    ("pkt", tiles.pkt),
+    ("similarity_preserving", products.similarity_preserving),
+):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _driver, _key)
+
+
+def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    loss = scalar_loss_like(student)
+    return loss, student.new_empty(student.shape if arguments[-1] else (0,), dtype=loss.dtype)
+
+
+for _name in ("crd", "pkt", "similarity_preserving"):
+    torch.library.register_fake(f"kdfast::{_name}", _fake, lib=LIBRARY)
+
+
+def crd(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alignment_weight: float, normalize: bool
+) -> Tensor:
+    """The loss of :func:`kdfast.crd_loss`; arguments are already checked."""
+    options = (temperature, alignment_weight, normalize)
+    return ScalarLoss.apply(student, torch.ops.kdfast.crd.default, options, teacher.detach(), labels.contiguous())
+
+
+def pkt(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """The loss of :func:`kdfast.pkt_loss`; arguments are already checked."""
+    return ScalarLoss.apply(student, torch.ops.kdfast.pkt.default, (eps,), teacher.detach())
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss of :func:`kdfast.similarity_preserving_loss`; arguments are already checked."""
+    return ScalarLoss.apply(student, torch.ops.kdfast.similarity_preserving.default, (), teacher.detach())
