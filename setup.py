@@ -27,9 +27,11 @@ COMMON = [
     "csrc/cpu/row_runner.cpp",
     "csrc/cpu/kl.cpp",
     "csrc/cpu/topk_kl.cpp",
+    "csrc/cpu/graph.cpp",
+    "csrc/cpu/graph_loss.cpp",
 ]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
-PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
+PER_LEVEL = ["csrc/cpu/kl_rows.cpp", "csrc/cpu/graph_tiles.cpp", "csrc/cpu/graph_edges.cpp"]
 CUDA: list[str] = []
 
 

@@ -28,6 +28,7 @@ NAMES = (AUTO, CPU, TRITON, REFERENCE)
 KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
+    "graph": (CPU,),
 }
 
 try:
@@ -107,10 +108,17 @@ def select(op: str, tensor: Tensor) -> str:
     return REFERENCE
 
 
-def has_kernel(op: str, tensor: Tensor, *, inplace_backward: bool = False) -> bool:
-    """Whether ``op`` runs a kernel on ``tensor``. Says so once where an option thereby loses its effect."""
+def has_kernel(op: str, tensor: Tensor, *, inplace_backward: bool = False, limit: str = "") -> bool:
+    """Whether ``op`` runs a kernel on ``tensor``. Says so once where an option thereby loses its effect.
+
+    ``limit``: what of the arguments is beyond every kernel of ``op``, if anything.
+    """
     if select(op, tensor) != REFERENCE:
-        return True
+        if not limit:
+            return True
+        if _forced != AUTO:
+            raise RuntimeError(f"backend {_forced!r} was asked for but cannot run: {limit}")
+        _warn_once(f"kdfast runs the plain PyTorch reference: {limit}")
     if inplace_backward:
         _warn_once("inplace_backward=True saves no memory: the plain PyTorch reference runs here")
     return False
