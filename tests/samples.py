@@ -141,6 +141,13 @@ def standardized_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     return softmax_terms(inputs, options) / max(float(deviation), 1e-7)
 
 
+def similarity_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """The gradient of a cosine is made of terms of size 1 / |x|, which cancel to 0 at width 1."""
+    x = inputs["features" if "features" in inputs else "student"].flatten(1)
+    norms = x.norm(dim=1)
+    return 1 / max(float(norms[norms > 0].min()), 1e-12) if options["metric"] == "cosine" else 0.1
+
+
 LOGIT_SHAPES: Sequence[Shape] = ((6,), (2, 3), (1,), (), (2, 1, 2))
 LOGIT_WIDTHS = (1, 2, 5, 16, 33, 100)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -240,9 +247,13 @@ SAMPLES: dict[str, Sample] = {
         leading=((6,), (4,)),
         fixed={"k": 2},
         module="TopKSimilarityGraph",
+        gradient_terms=similarity_terms,
     ),
     "graph_distillation_loss": Sample(
-        feature_pair, {"metric": ("cosine", "dot", "euclidean"), "k": (3, 20)}, module="GraphDistillationLoss"
+        feature_pair,
+        {"metric": ("cosine", "dot", "euclidean"), "k": (3, 20)},
+        module="GraphDistillationLoss",
+        gradient_terms=similarity_terms,
     ),
     "hardest_negatives": Sample(
         single_labelled,
@@ -250,6 +261,7 @@ SAMPLES: dict[str, Sample] = {
         leading=((6,),),
         fixed={"k": 2},
         module="HardestNegatives",
+        gradient_terms=similarity_terms,
     ),
 }
 

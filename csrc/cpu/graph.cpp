@@ -59,15 +59,22 @@ template <class C> struct Packed {
   const C* at(int64_t p) const { return data.get() + p * panel * width; }
 };
 
-// The mean row, over finite elements: subtracting it leaves distances as they are and cancels less.
+// The mean row, over finite elements: subtracting it leaves distances as they are and cancels less. Parts of kPart rows
+// are summed on their own and then in order, whatever the number of threads.
 std::vector<double> mean_row(const Rows& rows, Storage storage) {
-  std::vector<double> mean(rows.classes, 0.0);
-  for (int64_t r = 0; r < rows.count; ++r)
-    for (int64_t d = 0; d < rows.classes; ++d) {
-      const double x = load_scalar(rows.row(r), d, storage);
-      if (std::isfinite(x)) mean[d] += x;
+  constexpr int64_t kPart = 1024;
+  const int64_t width = rows.classes, parts = (rows.count + kPart - 1) / kPart;
+  std::vector<double> sums(parts * width, 0.0), mean(width, 0.0);
+  torch::stable::parallel_for(0, parts, grain(kPart * width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin * kPart; r < std::min(end * kPart, rows.count); ++r) {
+      double* sum = sums.data() + r / kPart * width;
+      for (int64_t d = 0; d < width; ++d) {
+        const double x = load_scalar(rows.row(r), d, storage);
+        sum[d] += std::isfinite(x) ? x : 0;
+      }
     }
-  for (double& x : mean) x /= static_cast<double>(std::max<int64_t>(rows.count, 1));
+  });
+  for (int64_t i = 0; i < parts * width; ++i) mean[i % width] += sums[i] / static_cast<double>(rows.count);
   return mean;
 }
 
@@ -266,6 +273,7 @@ std::tuple<Tensor, Tensor> graph(const Tensor& features, std::optional<Tensor> k
                                  int64_t k, int64_t metric, bool include_self, bool ieee) {
   const Rows rows = rows_of(features), columns = keys ? rows_of(*keys) : rows;
   STD_TORCH_CHECK(std::max(rows.count, columns.count) < 0x7fffffff, "kdfast::graph takes up to 2^31 - 2 rows");
+  STD_TORCH_CHECK(k <= kMaxKeep - kSpare, "kdfast::graph keeps up to 128 neighbours a row");
   const Storage storage = storage_of(features);
   const bool wide = storage == Storage::float64;
   const int64_t shape[] = {rows.count, k};

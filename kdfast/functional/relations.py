@@ -292,7 +292,7 @@ def similarity_graph(
         checks.check_k(k, features.shape[0], "N")
     else:
         checks.check_k(k, features.shape[0] - 1, "N - 1")
-    if not _has_graph_kernel(features, k):
+    if not backends.has_kernel("graph", features, limit=_beyond_graph_kernels(k)):
         return reference.similarity_graph(
             features, k, metric=metric, include_self=include_self, keys=keys, precision=precision
         )
@@ -302,9 +302,8 @@ def similarity_graph(
     )
 
 
-def _has_graph_kernel(features: Tensor, k: int) -> bool:
-    limit = "" if k <= graph.MAX_K else f"its graph kernels keep up to {graph.MAX_K} neighbours a row, k is {k}"
-    return backends.has_kernel("graph", features, limit=limit)
+def _beyond_graph_kernels(k: int) -> str:
+    return "" if k <= graph.MAX_K else f"its graph kernels keep up to {graph.MAX_K} neighbours a row, k is {k}"
 
 
 def graph_distillation_loss(
@@ -345,10 +344,10 @@ def graph_distillation_loss(
     checks.check_count("k", k, 1)
     checks.check_option("metric", metric, METRICS)
     checks.check_temperature(temperature)
-    n = student.shape[0]
-    if n < 2 or not _has_graph_kernel(student, min(k, n - 1)):
+    k = min(k, student.shape[0] - 1)
+    if k < 1 or not backends.has_kernel("graph", student, limit=_beyond_graph_kernels(k)):
         return reference.graph_distillation_loss(student, teacher, k=k, metric=metric, temperature=temperature)
-    values, indices = graph.graph(teacher.detach().flatten(1), None, None, min(k, n - 1), metric)
+    values, indices = graph.graph(teacher.detach().flatten(1), None, None, k, metric)
     return graph.graph_kl(student.flatten(1), values, indices, metric, temperature)
 
 
@@ -377,6 +376,6 @@ def hardest_negatives(features: Tensor, labels: Tensor, k: int, *, metric: str =
     checks.check_labels(labels, features.shape[:1], features, like_name="features")
     checks.check_k(k, features.shape[0], "N")
     checks.check_option("metric", metric, METRICS)
-    if not _has_graph_kernel(features, k):
+    if not backends.has_kernel("graph", features, limit=_beyond_graph_kernels(k)):
         return reference.hardest_negatives(features, labels, k, metric=metric)
     return SimilarityGraph(*graph.graph(features.flatten(1), None, labels, k, metric))
