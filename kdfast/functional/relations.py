@@ -297,9 +297,7 @@ def similarity_graph(
             features, k, metric=metric, include_self=include_self, keys=keys, precision=precision
         )
     rows, others = features.flatten(1), None if keys is None else keys.flatten(1)
-    return SimilarityGraph(
-        *graph.graph(rows, others, None, k, metric, include_self=include_self, precision=precision)
-    )
+    return SimilarityGraph(*graph.graph(rows, others, None, k, metric, include_self=include_self, precision=precision))
 
 
 def _beyond_graph_kernels(k: int) -> str:

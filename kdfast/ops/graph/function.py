@@ -31,6 +31,7 @@ LIBRARY.define(
     "graph(Tensor features, Tensor? keys, Tensor? labels, int k, int metric, bool include_self, bool ieee) "
     "-> (Tensor, Tensor)"
 )
+# The ops below take values, indices and their gradients contiguous, as ``graph`` returns them.
 # Gradients of features and keys, empty where not needed; without keys the first has both sides' share.
 LIBRARY.define(
     "graph_backward(Tensor features, Tensor? keys, Tensor values, Tensor indices, Tensor grad_values, int metric, "
@@ -41,6 +42,29 @@ LIBRARY.define(
     "graph_kl(Tensor student, Tensor teacher_values, Tensor indices, Tensor? row_weight, float temperature, "
     "int metric, int reduction, bool needs_grad) -> (Tensor, Tensor)"
 )
+
+
+def _graph_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.graph import triton_kernels  # needs triton, which a machine without a GPU may lack
+
+    return triton_kernels.graph(*arguments)
+
+
+def _graph_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.graph import triton_kernels
+
+    return triton_kernels.graph_backward(*arguments)
+
+
+def _graph_kl_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.graph import triton_kernels
+
+    return triton_kernels.graph_kl(*arguments)
+
+
+LIBRARY.impl("graph", _graph_cuda, "CUDA")
+LIBRARY.impl("graph_backward", _graph_backward_cuda, "CUDA")
+LIBRARY.impl("graph_kl", _graph_kl_cuda, "CUDA")
 
 
 def _values_like(features: Tensor, k: int) -> Tensor:
