@@ -1,4 +1,4 @@
-"""What is particular to the graph kernels: exact neighbours and ties, instruction sets, threads, crowded distances, keys.
+"""What is particular to the graph kernels: exact neighbours and ties, instruction sets, threads, crowds, keys.
 
 What is promised of indices: those of the values, in order, ties to the smaller index, where values that differ by less
 than rounding may change places. So inputs whose similarities are exact in the dtype have exactly the reference's
@@ -296,7 +296,7 @@ def test_more_neighbours_than_the_kernels_keep_run_the_reference_and_say_so_once
             fast = kdfast.similarity_graph(x, MAX_K + 1)
     assert len(record) == 1
     assert torch.equal(fast.indices, reference.similarity_graph(x, MAX_K + 1).indices)
-    with backends.use("cpu"), pytest.raises(RuntimeError, match="cannot run: .* k is 129"):
+    with backends.use("cpu"), pytest.raises(RuntimeError, match=r"cannot run: .* k is 129"):
         kdfast.similarity_graph(x, MAX_K + 1)
     assert_best(kdfast.similarity_graph(x, MAX_K), x, "cosine")
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the graph ops without a GPU: interpreted on the CPU, and compiled for GPUs that are not here."""
+"""The Triton kernels of the graph ops without a GPU: interpreted, and compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
