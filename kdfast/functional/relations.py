@@ -254,8 +254,8 @@ def similarity_graph(
     largest (``'euclidean'``: smallest), best first; ties go to the smaller index. A row of NaN comes last.
 
     The (N, M) matrix is never stored. Up to k = 128 a kernel runs where there is one, beyond that the plain reference,
-    which stores it. Equal rows have equal similarities, bit for bit; similarities closer to each other than rounding may
-    change places, as they may between any two ways to sum a product.
+    which stores it. Equal rows have equal similarities, bit for bit; similarities closer to each other than rounding
+    may change places, as they may between any two ways to sum a product.
 
     Args:
         features: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets a gradient.

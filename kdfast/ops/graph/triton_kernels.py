@@ -1,9 +1,11 @@
-"""Triton kernels of the graph ops. Formulas: kdfast/reference/relations.py; written, compiled and interpreted without a GPU.
+"""Triton kernels of the graph ops, written, compiled and interpreted without a GPU.
+
+Formulas: kdfast/reference/relations.py.
 
 The selection never stores the matrix, and never sorts a tile. It looks at the product twice:
 
-1. ``_bounds_kernel`` takes every few tiles and keeps the largest value of each of BN columns (one comparison an element).
-   The k-th largest of those is a value that k columns reach: a limit for the row (``_limits_kernel``).
+1. ``_bounds_kernel`` takes every few tiles and keeps the largest value of each of BN columns (one comparison an
+   element). The k-th largest of those is a value that k columns reach: a limit for the row (``_limits_kernel``).
 2. ``_hits_kernel`` takes all tiles and appends what reaches the limit to the row's buffer, a few times k of M columns.
    Positions come from an integer counter, so the order in a buffer differs from run to run; what is in it does not.
 3. ``_select_kernel`` sorts the buffer by value, then index: the result is the same whatever the order was. A row whose
@@ -106,7 +108,8 @@ def _coefficients_kernel(x_ptr, out_ptr, width, METRIC: tl.constexpr, BD: tl.con
     square = tl.sum(total, axis=0)
     if METRIC == COSINE:
         norm = tl.sqrt_rn(square)
-        square = tl.where(norm == 0, 0.0, tl.div_rn(1.0, tl.maximum(norm, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)))
+        norm_or_eps = tl.maximum(norm, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+        square = tl.where(norm == 0, 0.0, tl.div_rn(1.0, norm_or_eps))
     tl.store(out_ptr + row, square)
 
 
@@ -233,7 +236,7 @@ def _edges_kernel(
     x_ptr, a_ptr, teacher_ptr, indices_ptr, weight_ptr, loss_ptr, values_ptr, slopes_ptr, width, k, inverse_temperature,
     factor, METRIC: tl.constexpr, NEEDS_GRAD: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """KL(teacher || student) of a row's edges, times ``factor`` and its weight, and the gradient by the similarities."""
+    """KL(teacher || student) of a row's edges, times ``factor`` and its weight, and its gradient by similarities."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, K)
     present = lanes < k
@@ -354,7 +357,7 @@ def tiling(dtype: torch.dtype, ieee: bool) -> Tiling:
 
 
 def rounding(width: int, dtype: torch.dtype, ieee: bool) -> float:
-    """Error of a tile's squared distance, over |x|^2 + |y|^2: sums in float32, and factors rounded to tf32's 11 bits."""
+    """Error of a tile's squared distance, over |x|^2 + |y|^2: float32 sums, and factors rounded to tf32's 11 bits."""
     return (width + 8) * 2.0**-23 + (2.0**-9 if dtype == torch.float32 and not ieee else 0.0)
 
 
@@ -379,7 +382,7 @@ def graph(
         raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
     x = features.contiguous()
     y = x if keys is None else keys.contiguous()
-    n, m, width = x.shape[0], y.shape[0], x.shape[1]
+    n, m = x.shape[0], y.shape[0]
     values = torch.empty(n, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
@@ -477,8 +480,15 @@ def _transposed(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(
-    own: Tensor, other: Tensor, indices: Tensor, incoming: bool, outgoing: bool, values: Tensor, slopes: Tensor, metric: int
-) -> Tensor:  # fmt: skip
+    own: Tensor,
+    other: Tensor,
+    indices: Tensor,
+    incoming: bool,
+    outgoing: bool,
+    values: Tensor,
+    slopes: Tensor,
+    metric: int,
+) -> Tensor:
     grad = torch.empty_like(own)
     if own.numel() == 0:
         return grad
