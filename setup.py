@@ -27,12 +27,20 @@ COMMON = [
     "csrc/cpu/row_runner.cpp",
     "csrc/cpu/kl.cpp",
     "csrc/cpu/topk_kl.cpp",
+    "csrc/cpu/relation.cpp",
+    "csrc/cpu/features.cpp",
+    "csrc/cpu/graph.cpp",
+    "csrc/cpu/graph_loss.cpp",
 ]
-COMMON += ["csrc/cpu/relation.cpp", "csrc/cpu/features.cpp"]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
-PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
+PER_LEVEL = [
+    "csrc/cpu/kl_rows.cpp",
+    "csrc/cpu/relation_panels.cpp",
+    "csrc/cpu/feature_rows.cpp",
+    "csrc/cpu/graph_tiles.cpp",
+    "csrc/cpu/graph_edges.cpp",
+]
 CUDA = ["csrc/cuda/kl.cu"]
-PER_LEVEL += ["csrc/cpu/relation_panels.cpp", "csrc/cpu/feature_rows.cpp"]
 
 
 def levels() -> dict[str, list[str]]:

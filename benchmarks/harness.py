@@ -80,12 +80,15 @@ class Options:
 
 
 def step(loss: Loss, inputs: dict[str, Tensor]) -> Step:
-    """Forward and backward of ``loss(**inputs)``; the gradient goes to the caller, as to a layer below."""
+    """Forward and backward of ``loss(**inputs)``; the gradient goes to the caller, as to a layer below.
+
+    Where no input requires a gradient it is the forward alone.
+    """
     leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
 
     def run() -> tuple[Tensor, tuple[Tensor, ...]]:
         value = loss(**inputs)
-        return value, torch.autograd.grad(value, leaves)
+        return value, torch.autograd.grad(value, leaves) if leaves else ()
 
     return run
 
@@ -100,12 +103,17 @@ def fresh(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[s
     }
 
 
+def measured(inputs: dict[str, Tensor]) -> Tensor:
+    """The input whose dtype and device are the case's: the first that gets a gradient, or the first."""
+    return next((tensor for tensor in inputs.values() if tensor.requires_grad), next(iter(inputs.values())))
+
+
 def check(case: Case) -> dict[str, str]:
     """Value and gradients of each candidate's first call against float64. Returns the peers that failed, and why."""
     truth = step(case.reference, fresh(case.inputs, torch.float64))()
     plain = step(case.reference, case.inputs)()
     names = [name for name, tensor in case.inputs.items() if tensor.requires_grad]
-    first = case.inputs[names[0]]
+    first = measured(case.inputs)
     refused = {}
     for candidate, run in case.candidates.items():
         try:
@@ -218,7 +226,7 @@ def compare(p50: dict[str, float], case: Case) -> dict[str, Any]:
 def measure(case: Case, budget: float) -> dict[str, Any]:
     """The record of one case, as the result file holds it."""
     refused = check(case)
-    tensor = next(tensor for tensor in case.inputs.values() if tensor.requires_grad)
+    tensor = measured(case.inputs)
     runs = {name: run for name, run in case.candidates.items() if name not in refused}
     samples = interleaved({**runs, **case.floors}, budget, tensor.device, case.floor_bytes)
     times = {name: summary(values) for name, values in samples.items()}

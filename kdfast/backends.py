@@ -31,6 +31,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
     "relation": (CPU, TRITON),  # triton: unmeasured
     "features": (CPU, TRITON),  # triton: unmeasured
+    "graph": (CPU, TRITON),  # triton: unmeasured
 }
 # Kernels that run where they are forced alone: not measured yet against the default of their op.
 UNMEASURED: dict[str, tuple[str, ...]] = {
@@ -121,10 +122,17 @@ def select(op: str, tensor: Tensor) -> str:
     return REFERENCE
 
 
-def has_kernel(op: str, tensor: Tensor, *, inplace_backward: bool = False) -> bool:
-    """Whether ``op`` runs a kernel on ``tensor``. Says so once where an option thereby loses its effect."""
+def has_kernel(op: str, tensor: Tensor, *, inplace_backward: bool = False, limit: str = "") -> bool:
+    """Whether ``op`` runs a kernel on ``tensor``. Says so once where an option thereby loses its effect.
+
+    ``limit``: what of the arguments is beyond every kernel of ``op``, if anything.
+    """
     if select(op, tensor) != REFERENCE:
-        return True
+        if not limit:
+            return True
+        if _forced != AUTO:
+            raise RuntimeError(f"backend {_forced!r} was asked for but cannot run: {limit}")
+        _warn_once(f"kdfast runs the plain PyTorch reference: {limit}")
     if inplace_backward:
         _warn_once("inplace_backward=True saves no memory: the plain PyTorch reference runs here")
     return False

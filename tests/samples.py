@@ -160,6 +160,11 @@ def pkt_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     eps, norms = options.get("eps", 1e-7), inputs["student"].flatten(1).norm(dim=1)
     student, teacher = (kdfast.reference.features.neighbours(inputs[side], eps) for side in ("student", "teacher"))
     return float((teacher / (student + eps)).max() / len(student) / norms.min())
+def similarity_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """The gradient of a cosine is made of terms of size 1 / |x|, which cancel to 0 at width 1."""
+    x = inputs["features" if "features" in inputs else "student"].flatten(1)
+    norms = x.norm(dim=1)
+    return 1 / max(float(norms[norms > 0].min()), 1e-12) if options["metric"] == "cosine" else 0.1
 
 
 LOGIT_SHAPES: Sequence[Shape] = ((6,), (2, 3), (1,), (), (2, 1, 2))
@@ -263,9 +268,13 @@ SAMPLES: dict[str, Sample] = {
         leading=((6,), (4,)),
         fixed={"k": 2},
         module="TopKSimilarityGraph",
+        gradient_terms=similarity_terms,
     ),
     "graph_distillation_loss": Sample(
-        feature_pair, {"metric": ("cosine", "dot", "euclidean"), "k": (3, 20)}, module="GraphDistillationLoss"
+        feature_pair,
+        {"metric": ("cosine", "dot", "euclidean"), "k": (3, 20)},
+        module="GraphDistillationLoss",
+        gradient_terms=similarity_terms,
     ),
     "hardest_negatives": Sample(
         single_labelled,
@@ -273,6 +282,7 @@ SAMPLES: dict[str, Sample] = {
         leading=((6,),),
         fixed={"k": 2},
         module="HardestNegatives",
+        gradient_terms=similarity_terms,
     ),
 }
 

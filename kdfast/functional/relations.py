@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdfast import backends, checks
-from kdfast.ops import relation
+from kdfast.ops import graph, relation
 from kdfast.reference import relations as reference
 from kdfast.reference.crd import CRDLoss
 from kdfast.reference.relations import SimilarityGraph
@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 METRICS = ("cosine", "dot", "euclidean")
+PRECISIONS = ("ieee", "tf32")
 
 
 def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -248,12 +249,17 @@ def similarity_graph(
     metric: str = "cosine",
     include_self: bool = False,
     keys: Tensor | None = None,
+    precision: str = "ieee",
 ) -> SimilarityGraph:
     r"""The k nearest neighbours of each row: edges of a graph, with weights that carry gradients.
 
     The weight of edge (i, j) is :math:`\langle x_i, x_j \rangle / (\|x_i\| \|x_j\|)` for ``'cosine'``,
     :math:`\langle x_i, x_j \rangle` for ``'dot'`` and :math:`\|x_i - x_j\|` for ``'euclidean'``. Row i lists the k
     largest (``'euclidean'``: smallest), best first; ties go to the smaller index. A row of NaN comes last.
+
+    The (N, M) matrix is never stored. Up to k = 128 a kernel runs where there is one, beyond that the plain reference,
+    which stores it. Equal rows have equal similarities, bit for bit; similarities closer to each other than rounding
+    may change places, as they may between any two ways to sum a product.
 
     Args:
         features: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets a gradient.
@@ -263,6 +269,8 @@ def similarity_graph(
         include_self: let row i be a neighbour of itself.
         keys: (M, …), shaped like ``features`` but for M, same dtype and device: look for neighbours among these rows
             instead. They get a gradient too.
+        precision: ``'ieee'``, or ``'tf32'`` to allow a GPU to round float32 features to 11 bits when it looks for
+            neighbours, which is faster and may exchange near ones. CPU tensors are never rounded.
 
     Returns:
         :class:`SimilarityGraph`, a named tuple of ``values`` (N, k), float32 for half types, else the dtype of the
@@ -271,7 +279,7 @@ def similarity_graph(
     Raises:
         TypeError: an argument is not a tensor of a floating dtype, the dtypes differ, or ``k`` is not an int.
         ValueError: fewer than 2 dimensions, shapes of rows or devices differ, ``k`` out of range, ``include_self`` with
-            ``keys``, unknown metric.
+            ``keys``, unknown metric or precision.
 
     Differs from :func:`torch.topk` on the matrix of similarities, which leaves open which of equal values it takes.
 
@@ -280,6 +288,7 @@ def similarity_graph(
     """
     checks.check_rows("features", features)
     checks.check_option("metric", metric, METRICS)
+    checks.check_option("precision", precision, PRECISIONS)
     if keys is not None:
         checks.check_keys(keys, features, include_self)
         checks.check_k(k, keys.shape[0], "M")
@@ -287,7 +296,16 @@ def similarity_graph(
         checks.check_k(k, features.shape[0], "N")
     else:
         checks.check_k(k, features.shape[0] - 1, "N - 1")
-    return reference.similarity_graph(features, k, metric=metric, include_self=include_self, keys=keys)
+    if not backends.has_kernel("graph", features, limit=_beyond_graph_kernels(k)):
+        return reference.similarity_graph(
+            features, k, metric=metric, include_self=include_self, keys=keys, precision=precision
+        )
+    rows, others = features.flatten(1), None if keys is None else keys.flatten(1)
+    return SimilarityGraph(*graph.graph(rows, others, None, k, metric, include_self=include_self, precision=precision))
+
+
+def _beyond_graph_kernels(k: int) -> str:
+    return "" if k <= graph.MAX_K else f"its graph kernels keep up to {graph.MAX_K} neighbours a row, k is {k}"
 
 
 def graph_distillation_loss(
@@ -328,7 +346,11 @@ def graph_distillation_loss(
     checks.check_count("k", k, 1)
     checks.check_option("metric", metric, METRICS)
     checks.check_temperature(temperature)
-    return reference.graph_distillation_loss(student, teacher, k=k, metric=metric, temperature=temperature)
+    k = min(k, student.shape[0] - 1)
+    if k < 1 or not backends.has_kernel("graph", student, limit=_beyond_graph_kernels(k)):
+        return reference.graph_distillation_loss(student, teacher, k=k, metric=metric, temperature=temperature)
+    values, indices = graph.graph(teacher.detach().flatten(1), None, None, k, metric)
+    return graph.graph_kl(student.flatten(1), values, indices, metric, temperature)
 
 
 def hardest_negatives(features: Tensor, labels: Tensor, k: int, *, metric: str = "cosine") -> SimilarityGraph:
@@ -356,4 +378,6 @@ def hardest_negatives(features: Tensor, labels: Tensor, k: int, *, metric: str =
     checks.check_labels(labels, features.shape[:1], features, like_name="features")
     checks.check_k(k, features.shape[0], "N")
     checks.check_option("metric", metric, METRICS)
-    return reference.hardest_negatives(features, labels, k, metric=metric)
+    if not backends.has_kernel("graph", features, limit=_beyond_graph_kernels(k)):
+        return reference.hardest_negatives(features, labels, k, metric=metric)
+    return SimilarityGraph(*graph.graph(features.flatten(1), None, labels, k, metric))

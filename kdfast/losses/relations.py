@@ -111,8 +111,10 @@ class TopKSimilarityGraph(LossModule):
     Module form of :func:`kdfast.similarity_graph`, which documents formula, shapes, dtypes and errors.
     """
 
-    def __init__(self, k: int = 20, *, metric: str = "cosine", include_self: bool = False) -> None:
-        super().__init__(k=k, metric=metric, include_self=include_self)
+    def __init__(
+        self, k: int = 20, *, metric: str = "cosine", include_self: bool = False, precision: str = "ieee"
+    ) -> None:
+        super().__init__(k=k, metric=metric, include_self=include_self, precision=precision)
 
     def forward(self, features: Tensor, *, keys: Tensor | None = None) -> SimilarityGraph:
         return F.similarity_graph(features, keys=keys, **self.options())

@@ -105,8 +105,12 @@ def similarity_graph(
     metric: str = "cosine",
     include_self: bool = False,
     keys: Tensor | None = None,
+    precision: str = "ieee",
 ) -> SimilarityGraph:
-    """The k most similar of the other rows (or of ``keys``), best first; ties go to the smaller index."""
+    """The k most similar of the other rows (or of ``keys``), best first; ties go to the smaller index.
+
+    ``precision`` allows kernels to round; the definition is what they round to.
+    """
     similarities = similarity_matrix(features, features if keys is None else keys, metric)
     hidden = None
     if keys is None and not include_self:

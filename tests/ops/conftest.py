@@ -25,6 +25,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
+    def dot_of_any_type(self, a, b, d, input_precision, max_num_imprecise_acc):
+        """a @ b + d. The interpreter's own multiplies the bits of bfloat16 as integers, and sums equal columns in
+        orders of numpy's choice; in float64 those orders do not show.
+        """
+        wide = []
+        for x in (a, b):
+            data = x.data
+            if x.dtype.scalar.is_bf16():
+                data = (data.astype(np.uint32) << 16).view(np.float32)
+            wide.append(data.astype(np.float64))
+        return TensorHandle((wide[0] @ wide[1] + d.data).astype(d.data.dtype), d.dtype.scalar)
+
     InterpreterBuilder.create_fma = rounded_once
 
     launches: dict[str, set[str]] = defaultdict(set)  # kernel -> compile-time arguments, as JSON
@@ -85,3 +97,4 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 "outcomes": {file: sorted(seen) for file, seen in outcomes.items()},
             }
             Path(os.environ["KDFAST_RECORD"]).write_text(json.dumps(record))
+    InterpreterBuilder.create_dot = dot_of_any_type

@@ -1,0 +1,554 @@
+"""Triton kernels of the graph ops, written, compiled and interpreted without a GPU.
+
+Formulas: kdfast/reference/relations.py.
+
+The selection never stores the matrix, and never sorts a tile. It looks at the product twice:
+
+1. ``_bounds_kernel`` takes every few tiles and keeps the largest value of each of BN columns (one comparison an
+   element). The k-th largest of those is a value that k columns reach: a limit for the row (``_limits_kernel``).
+2. ``_hits_kernel`` takes all tiles and appends what reaches the limit to the row's buffer, a few times k of M columns.
+   Positions come from an integer counter, so the order in a buffer differs from run to run; what is in it does not.
+3. ``_select_kernel`` sorts the buffer by value, then index: the result is the same whatever the order was. A row whose
+   buffer was too small (the sampled tiles were unlike the others) goes through all its columns here instead.
+
+A similarity is one integer, as in csrc/cpu/graph_select.h: value, then index, then whether it is NaN. Work: N M D (1 +
+1 / stride) multiply-adds. Memory: N (CAPACITY * 8 + bins * 4) bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.ops.autograd import REDUCTIONS
+
+COSINE = tl.constexpr(0)
+EUCLIDEAN = tl.constexpr(2)
+INFINITY = tl.constexpr(float("inf"))
+NORM_EPS = tl.constexpr(1e-12)
+NOTHING = tl.constexpr(-(2**63))  # below every key
+LARGEST_INDEX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _key(value, index):
+    """int64, larger for what comes first."""
+    nan = value != value
+    bits = tl.where(nan, -INFINITY, value + 0.0).to(tl.int32, bitcast=True)  # + 0: one zero
+    ordered = tl.where(bits < 0, bits ^ LARGEST_INDEX, bits).to(tl.int64)
+    return (ordered << 32) | ((LARGEST_INDEX - index.to(tl.int64)) << 1) | nan.to(tl.int64)
+
+
+@triton.jit
+def _value(key):
+    ordered = (key >> 32).to(tl.int32)
+    value = tl.where(ordered < 0, ordered ^ LARGEST_INDEX, ordered).to(tl.float32, bitcast=True)
+    return tl.where((key & 1) != 0, float("nan"), value)
+
+
+@triton.jit
+def _index(key):
+    return LARGEST_INDEX - ((key >> 1) & LARGEST_INDEX)
+
+
+@triton.jit
+def _combine(product, a, b, METRIC: tl.constexpr):
+    """The similarity of rows with inner product ``product`` and coefficients a, b; larger is nearer."""
+    if METRIC == COSINE:
+        return product * a * b
+    if METRIC == EUCLIDEAN:
+        return 2.0 * product - (a + b)
+    return product
+
+
+@triton.jit
+def _admitted(rows, columns, n, m, labels_ptr, SELF: tl.constexpr):
+    """(rows, columns): whether a column may be a neighbour."""
+    keep = (rows < n)[:, None] & (columns < m)[None, :]
+    if not SELF:
+        keep = keep & (rows[:, None] != columns[None, :])
+    if labels_ptr is not None:
+        own = tl.load(labels_ptr + rows, mask=rows < n, other=0)
+        other = tl.load(labels_ptr + columns, mask=columns < m, other=0)
+        keep = keep & (own[:, None] != other[None, :])
+    return keep
+
+
+@triton.jit
+def _tile(
+    x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width,
+    METRIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Similarities (BM, BN); rows and columns are int64, and past the end repeat the last one."""
+    rows, columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
+    product = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        x = tl.load(x_ptr + rows[:, None] * width + d[None, :], mask=(d < width)[None, :], other=0.0)
+        y = tl.load(y_ptr + columns[None, :] * width + d[:, None], mask=(d < width)[:, None], other=0.0)
+        product = tl.dot(x, y, product, input_precision=PRECISION)
+    a, b = tl.load(a_ptr + rows), tl.load(b_ptr + columns)
+    return _combine(product, a[:, None], b[None, :], METRIC)
+
+
+# Reads the rows once, writes 4 bytes each.
+@triton.jit
+def _coefficients_kernel(x_ptr, out_ptr, width, METRIC: tl.constexpr, BD: tl.constexpr):
+    """1 / norm of a row (0 for a zero row), or its squared norm for distances."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BD], tl.float32)
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+        total += x * x
+    square = tl.sum(total, axis=0)
+    if METRIC == COSINE:
+        norm = tl.sqrt_rn(square)
+        norm_or_eps = tl.maximum(norm, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+        square = tl.where(norm == 0, 0.0, tl.div_rn(1.0, norm_or_eps))
+    tl.store(out_ptr + row, square)
+
+
+@triton.jit
+def _bounds_kernel(
+    x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, bins_ptr, n, m, width, stride,
+    METRIC: tl.constexpr, PRECISION: tl.constexpr, SELF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """bins[row, split * BN + lane]: the largest similarity in lane ``lane`` of every stride-th tile of a split."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    largest = tl.full([BM, BN], -INFINITY, tl.float32)
+    for start in range(split * stride * BN, m, splits * stride * BN):
+        columns = (start + tl.arange(0, BN)).to(tl.int64)
+        scores = _tile(
+            x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width, METRIC, PRECISION, BM, BN, BD
+        )  # fmt: skip
+        # A NaN is not larger.
+        largest = tl.where(_admitted(rows, columns, n, m, labels_ptr, SELF) & (scores > largest), scores, largest)
+    bins = (splits * BN).to(tl.int64)
+    lanes = split * BN + tl.arange(0, BN)
+    tl.store(bins_ptr + rows[:, None] * bins + lanes[None, :], largest, mask=(rows < n)[:, None])
+
+
+@triton.jit
+def _limits_kernel(bins_ptr, limits_ptr, a_ptr, k, error, METRIC: tl.constexpr, BINS: tl.constexpr):
+    """The k-th largest of a row's bins. For distances lowered by what rounding may have added: see ``rounding``."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BINS)
+    ordered = tl.sort(tl.load(bins_ptr + row * BINS + lanes), descending=True)
+    limit = tl.max(tl.where(lanes == k - 1, ordered, -INFINITY), axis=0)
+    if METRIC == EUCLIDEAN:
+        # k columns are within `reach`; whatever is nearer has |y|^2 <= 2 |x|^2 + 2 reach, so its tile said `limit`.
+        square = tl.load(a_ptr + row)
+        reach = (-limit + 3.0 * error * square) / (1.0 - 2.0 * error)
+        limit = -(reach * (1.0 + 2.0 * error) + 3.0 * error * square)
+        limit = tl.where(limit == limit, limit, -INFINITY)
+    tl.store(limits_ptr + row, limit)
+
+
+@triton.jit
+def _hits_kernel(
+    x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, limits_ptr, counts_ptr, keys_ptr, n, m, width,
+    METRIC: tl.constexpr, PRECISION: tl.constexpr, SELF: tl.constexpr, CAPACITY: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Appends the keys of what is not below the row's limit; counts[row] goes on counting past the capacity."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    scores = _tile(
+        x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width, METRIC, PRECISION, BM, BN, BD
+    )  # fmt: skip
+    limits = tl.load(limits_ptr + rows, mask=rows < n, other=INFINITY)
+    below = scores < limits[:, None]
+    hit = _admitted(rows, columns, n, m, labels_ptr, SELF) & (below == 0)  # a NaN is not below
+    place = tl.atomic_add(counts_ptr + rows[:, None] + tl.zeros([BM, BN], tl.int64), 1, mask=hit, sem="relaxed")
+    keys = _key(scores, columns[None, :] + tl.zeros([BM, BN], tl.int64))
+    tl.store(keys_ptr + rows[:, None] * CAPACITY + place, keys, mask=hit & (place < CAPACITY))
+
+
+@triton.jit
+def _row_scores(
+    x_ptr, y_ptr, a_ptr, b_ptr, row, columns, present, width, METRIC: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr
+):
+    """Similarities of a row to ``columns``; distances from the differences, negated."""
+    total = tl.zeros([BC], tl.float32)
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+        mask = present[:, None] & (d < width)[None, :]
+        y = tl.load(y_ptr + columns[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if METRIC == EUCLIDEAN:
+            total += tl.sum((x[None, :] - y) * (x[None, :] - y), axis=1)
+        else:
+            total += tl.sum(x[None, :] * y, axis=1)
+    if METRIC == EUCLIDEAN:
+        return -tl.sqrt_rn(total)
+    return _combine(total, tl.load(a_ptr + row), tl.load(b_ptr + columns, mask=present, other=0.0), METRIC)
+
+
+@triton.jit
+def _select_kernel(
+    x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, counts_ptr, keys_ptr, values_ptr, indices_ptr, m, width, k,
+    METRIC: tl.constexpr, SELF: tl.constexpr, CAPACITY: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The first k keys of a row: of its buffer, or of all columns where that overflowed."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, CAPACITY)
+    count = tl.load(counts_ptr + row)
+    if count <= CAPACITY:
+        present = lanes < count
+        best = tl.load(keys_ptr + row * CAPACITY + lanes, mask=present, other=NOTHING)
+        if METRIC == EUCLIDEAN:
+            columns = tl.where(present, _index(best), 0)
+            scores = _row_scores(x_ptr, y_ptr, a_ptr, b_ptr, row, columns, present, width, METRIC, CAPACITY, BD)
+            best = tl.where(present, _key(scores, columns), NOTHING)
+    else:
+        best = tl.full([CAPACITY], NOTHING, tl.int64)
+        for start in range(0, m, CAPACITY):
+            columns = (start + lanes).to(tl.int64)
+            present = columns < m
+            if not SELF:
+                present = present & (columns != row)
+            if labels_ptr is not None:
+                label = tl.load(labels_ptr + columns, mask=present, other=0)
+                present = present & (label != tl.load(labels_ptr + row))
+            scores = _row_scores(x_ptr, y_ptr, a_ptr, b_ptr, row, columns, present, width, METRIC, CAPACITY, BD)
+            more = tl.where(present, _key(scores, columns), NOTHING)
+            # The larger of what one order and the reverse order hold at each place are the largest of both.
+            best = tl.maximum(tl.sort(best, descending=True), tl.sort(more))
+    best = tl.sort(best, descending=True)
+    found = best != NOTHING
+    value = tl.where(found, _value(best), -INFINITY)
+    if METRIC == EUCLIDEAN:
+        value = -value
+    tl.store(values_ptr + row * k + lanes, value, mask=lanes < k)
+    tl.store(indices_ptr + row * k + lanes, tl.where(found, _index(best), -1), mask=lanes < k)
+
+
+# Reads each row and its k neighbours once; writes k values and k slopes.
+@triton.jit
+def _edges_kernel(
+    x_ptr, a_ptr, teacher_ptr, indices_ptr, weight_ptr, loss_ptr, values_ptr, slopes_ptr, width, k, inverse_temperature,
+    factor, METRIC: tl.constexpr, NEEDS_GRAD: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """KL(teacher || student) of a row's edges, times ``factor`` and its weight, and its gradient by similarities."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, K)
+    present = lanes < k
+    ends = tl.load(indices_ptr + row * k + lanes, mask=present, other=0)
+    scores = _row_scores(x_ptr, x_ptr, a_ptr, a_ptr, row, ends, present, width, METRIC, K, BD)
+    teacher = tl.load(teacher_ptr + row * k + lanes, mask=present, other=0.0)
+    if METRIC == EUCLIDEAN:
+        teacher = -teacher
+    student_z = tl.where(present, scores * inverse_temperature, -INFINITY)
+    teacher_z = tl.where(present, teacher * inverse_temperature, -INFINITY)
+    student_z -= tl.max(student_z, axis=0)
+    teacher_z -= tl.max(teacher_z, axis=0)
+    e_student, e_teacher = tl.exp(student_z), tl.exp(teacher_z)
+    sum_student, sum_teacher = tl.sum(e_student, axis=0), tl.sum(e_teacher, axis=0)
+    p_student, p_teacher = tl.div_rn(e_student, sum_student), tl.div_rn(e_teacher, sum_teacher)
+    terms = tl.where(p_teacher == 0, 0.0, p_teacher * (teacher_z - student_z))
+    weight = factor
+    if weight_ptr is not None:
+        weight = factor * tl.load(weight_ptr + row).to(tl.float32)
+    tl.store(loss_ptr + row, weight * (tl.sum(terms, axis=0) + tl.log(sum_student) - tl.log(sum_teacher)))
+    if NEEDS_GRAD:
+        slope = weight * inverse_temperature * (p_student - p_teacher)
+        if METRIC == EUCLIDEAN:
+            slope, scores = -slope, -scores
+        tl.store(values_ptr + row * k + lanes, scores, mask=present)
+        tl.store(slopes_ptr + row * k + lanes, slope, mask=present)
+
+
+@triton.jit
+def _edge_sum(
+    x, total, along, edges, others, present, y_ptr, b_ptr, values_ptr, slopes_ptr, d, width, METRIC: tl.constexpr
+):
+    """Adds the share of ``edges``, whose other ends are ``others``, to the gradient of one row's slice x."""
+    slope = tl.load(slopes_ptr + edges, mask=present, other=0.0)
+    value = tl.load(values_ptr + edges, mask=present, other=0.0)
+    mask = present[:, None] & (d < width)[None, :]
+    y = tl.load(y_ptr + others[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if METRIC == EUCLIDEAN:
+        weight = tl.where(present & (value != 0), tl.div_rn(slope, value), 0.0)
+        total += tl.sum(weight[:, None] * tl.where(present[:, None], x[None, :] - y, 0.0), axis=0)
+    else:
+        weight = slope
+        if METRIC == COSINE:
+            weight = slope * tl.load(b_ptr + others, mask=present, other=0.0)
+            along += tl.sum(tl.where(present, slope * value, 0.0), axis=0)
+        total += tl.sum(weight[:, None] * y, axis=0)
+    return total, along
+
+
+# Reads the k rows of the edges that begin in a row and those of the edges that end in it, a slice of BD columns at a
+# time; writes the gradient once. Edges are summed in a fixed order.
+@triton.jit
+def _gradient_kernel(
+    x_ptr, y_ptr, a_ptr, b_ptr, indices_ptr, order_ptr, begin_ptr, values_ptr, slopes_ptr, grad_ptr, width, k,
+    METRIC: tl.constexpr, OUTGOING: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    lanes = tl.arange(0, K)
+    x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+    total = tl.zeros([BD], tl.float32)
+    along = 0.0
+    if OUTGOING:
+        edges = row * k + lanes
+        others = tl.load(indices_ptr + edges, mask=lanes < k, other=-1)
+        total, along = _edge_sum(
+            x, total, along, edges, others, others >= 0, y_ptr, b_ptr, values_ptr, slopes_ptr, d, width, METRIC
+        )  # fmt: skip
+    if order_ptr is not None:
+        first, last = tl.load(begin_ptr + row), tl.load(begin_ptr + row + 1)
+        for start in range(first, last, K):
+            present = start + lanes < last
+            edges = tl.load(order_ptr + start + lanes, mask=present, other=0)
+            total, along = _edge_sum(
+                x, total, along, edges, edges // k, present, y_ptr, b_ptr, values_ptr, slopes_ptr, d, width, METRIC
+            )  # fmt: skip
+    if METRIC == COSINE:
+        a = tl.load(a_ptr + row)
+        # Where the norm is below eps and a = 1 / eps, the length of x is no constant of its similarities.
+        total = tl.where(a >= 1.0 / NORM_EPS, total, total - x * (a * along))
+        total = tl.where(a == 0, 0.0, a * total)
+    tl.store(grad_ptr + row * width + d, total.to(grad_ptr.dtype.element_ty), mask=d < width)
+
+
+class Tiling(NamedTuple):
+    """A tile of the product, and the depth of one tl.dot."""
+
+    bm: int
+    bn: int
+    bd: int
+    num_warps: int
+    num_stages: int
+
+
+# Unmeasured, all of it. A row of a factor is 128 bytes at a time on tensor cores; ieee products of float32 run on the
+# ordinary units, in small tiles whose sums fit in registers.
+TILINGS = {
+    "half": Tiling(128, 64, 64, 8, 3),
+    "tf32": Tiling(128, 64, 32, 8, 3),
+    "ieee float32": Tiling(64, 64, 16, 8, 2),
+}
+# (largest k, every how many tiles the limits look at, buffer of a row). About stride * k columns reach a limit.
+# A selection in CUDA C++ over tiles of cuBLAS waits for measurements too: it can save the first look, which is 1 /
+# stride of the product, and the counters; with tl.dot near the bare product that is at most about a third.
+SELECTIONS = ((32, 4, 256), (64, 4, 512), (128, 2, 1024))
+# Up to this many pairs the matrix is stored and sorted: there launches cost more than memory.
+PLAIN_PAIRS = 2**20
+BINS_SPLITS = 8  # programs along the columns that share a row's limits
+ROW_BLOCK = 64  # columns of a row that one program reads at a time
+ROW_WARPS = 4
+SELECT_BLOCK = 8  # columns of a row's whole buffer: 32 numbers a thread
+
+
+def tiling(dtype: torch.dtype, ieee: bool) -> Tiling:
+    if dtype != torch.float32:
+        return TILINGS["half"]
+    return TILINGS["ieee float32" if ieee else "tf32"]
+
+
+def rounding(width: int, dtype: torch.dtype, ieee: bool) -> float:
+    """Error of a tile's squared distance, over |x|^2 + |y|^2: float32 sums, and factors rounded to tf32's 11 bits."""
+    return (width + 8) * 2.0**-23 + (2.0**-9 if dtype == torch.float32 and not ieee else 0.0)
+
+
+def coefficients(x: Tensor, metric: int) -> Tensor:
+    out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if x.shape[0]:
+        _coefficients_kernel[(x.shape[0],)](x, out, x.shape[1], METRIC=metric, BD=256)
+    return out
+
+
+def graph(
+    features: Tensor,
+    keys: Tensor | None,
+    labels: Tensor | None,
+    k: int,
+    metric: int,
+    include_self: bool,
+    ieee: bool,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.kdfast.graph``."""
+    if features.dtype == torch.float64:
+        raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
+    x = features.contiguous()
+    y = x if keys is None else keys.contiguous()
+    n, m = x.shape[0], y.shape[0]
+    values = torch.empty(n, k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    if n == 0:
+        return values, indices
+    own = include_self or keys is not None
+    with torch.cuda.device_of(x):
+        if n * m <= PLAIN_PAIRS:
+            return _plain(x, y, labels, k, metric, own, ieee)
+        _stream(x, y, labels, k, metric, own, ieee, values, indices)
+    return values, indices
+
+
+def _stream(
+    x: Tensor,
+    y: Tensor,
+    labels: Tensor | None,
+    k: int,
+    metric: int,
+    own: bool,
+    ieee: bool,
+    values: Tensor,
+    indices: Tensor,
+) -> None:
+    """The selection in tiles, into ``values`` and ``indices``."""
+    n, m, width = x.shape[0], y.shape[0], x.shape[1]
+    tile = tiling(x.dtype, ieee)
+    stride, capacity = next((stride, capacity) for largest, stride, capacity in SELECTIONS if k <= largest)
+    stride = max(1, min(stride, m // (8 * k)))
+    factors = (x, y)
+    if metric == EUCLIDEAN.value and x.dtype == torch.float32:  # cancels less; half types would be rounded again
+        centre = y.nan_to_num(0, 0, 0).mean(dim=0)
+        factors = (x - centre, y - centre) if x is not y else (x - centre,) * 2
+    a = coefficients(factors[0], metric)
+    b = a if x is y else coefficients(factors[1], metric)
+    bins = torch.empty(n, BINS_SPLITS * tile.bn, dtype=torch.float32, device=x.device)
+    limits = torch.empty(n, dtype=torch.float32, device=x.device)
+    counts = torch.zeros(n, dtype=torch.int32, device=x.device)
+    found = torch.empty(n, capacity, dtype=torch.int64, device=x.device)
+    shared: dict[str, Any] = {"METRIC": metric, "PRECISION": "ieee" if ieee else "tf32", "SELF": own}
+    shared |= {"BM": tile.bm, "BN": tile.bn, "BD": tile.bd, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    rows = triton.cdiv(n, tile.bm)
+    _bounds_kernel[(rows, BINS_SPLITS)](*factors, a, b, labels, bins, n, m, width, stride, **shared)
+    _limits_kernel[(n,)](
+        bins, limits, a, k, rounding(width, x.dtype, ieee), METRIC=metric, BINS=bins.shape[1], num_warps=ROW_WARPS
+    )
+    _hits_kernel[(rows, triton.cdiv(m, tile.bn))](
+        *factors, a, b, labels, limits, counts, found, n, m, width, CAPACITY=capacity, **shared
+    )
+    _select_kernel[(n,)](
+        x, y, a, b, labels, counts, found, values, indices, m, width, k,
+        METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, num_warps=select_warps(capacity),
+    )  # fmt: skip
+
+
+def select_warps(capacity: int) -> int:
+    """At most 4 keys a thread: what sorting them takes fits in registers."""
+    return max(ROW_WARPS, capacity // 128)
+
+
+def _plain(
+    x: Tensor, y: Tensor, labels: Tensor | None, k: int, metric: int, own: bool, ieee: bool
+) -> tuple[Tensor, Tensor]:
+    """All similarities, then the k largest of their keys, which are all different."""
+    x, y = x.float(), y.float()
+    if metric == EUCLIDEAN.value:
+        scores = -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    else:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = not ieee
+        try:
+            scores = x @ y.T
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        if metric == COSINE.value:
+            scores = scores * coefficients(x, metric)[:, None] * coefficients(y, metric)
+    columns = torch.arange(y.shape[0], device=y.device)
+    hidden = torch.zeros_like(scores, dtype=torch.bool) if own else columns[: x.shape[0], None] == columns
+    if labels is not None:
+        hidden = labels[:, None] == labels
+    nan = scores.isnan()
+    bits = (scores.masked_fill(nan, -torch.inf) + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ LARGEST_INDEX.value, bits).long()
+    keys = ((ordered << 32) | (LARGEST_INDEX.value - columns)).masked_fill(hidden, NOTHING.value)
+    best = keys.topk(k, dim=1).values
+    indices = LARGEST_INDEX.value - (best & LARGEST_INDEX.value)
+    missing = best == NOTHING.value
+    values = scores.gather(1, indices.masked_fill(missing, 0)).masked_fill(missing, -torch.inf)
+    return (-values if metric == EUCLIDEAN.value else values), indices.masked_fill(missing, -1)
+
+
+def _transposed(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Edges sorted by where they end, in a fixed order, and where those of each column begin. -1 comes before all."""
+    ends, order = indices.flatten().sort(stable=True)
+    return order, torch.searchsorted(ends, torch.arange(columns + 1, device=indices.device))
+
+
+def _gradient(
+    own: Tensor,
+    other: Tensor,
+    indices: Tensor,
+    incoming: bool,
+    outgoing: bool,
+    values: Tensor,
+    slopes: Tensor,
+    metric: int,
+) -> Tensor:
+    grad = torch.empty_like(own)
+    if own.numel() == 0:
+        return grad
+    order, begin = _transposed(indices, own.shape[0]) if incoming else (None, None)
+    a = coefficients(own, metric)
+    b = a if own is other else coefficients(other, metric)
+    width, k = own.shape[1], indices.shape[1]
+    _gradient_kernel[(own.shape[0], triton.cdiv(width, ROW_BLOCK))](
+        own, other, a, b, indices, order, begin, values, slopes, grad, width, k,
+        METRIC=metric, OUTGOING=outgoing, K=triton.next_power_of_2(k), BD=ROW_BLOCK, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return grad
+
+
+def graph_backward(
+    features: Tensor,
+    keys: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    grad_values: Tensor,
+    metric: int,
+    needs_features: bool,
+    needs_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.kdfast.graph_backward``."""
+    x = features.contiguous()
+    grad, grad_keys = x.new_empty(0), x.new_empty(0)
+    with torch.cuda.device_of(x):
+        if keys is None:
+            return _gradient(x, x, indices, True, True, values, grad_values, metric), grad_keys
+        y = keys.contiguous()
+        if needs_features:
+            grad = _gradient(x, y, indices, False, True, values, grad_values, metric)
+        if needs_keys:
+            grad_keys = _gradient(y, x, indices, True, False, values, grad_values, metric)
+    return grad, grad_keys
+
+
+def graph_kl(
+    student: Tensor,
+    teacher_values: Tensor,
+    indices: Tensor,
+    row_weight: Tensor | None,
+    temperature: float,
+    metric: int,
+    reduction: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.kdfast.graph_kl``."""
+    x = student.contiguous()
+    n, width, k = x.shape[0], x.shape[1], indices.shape[1]
+    losses = torch.empty(n, dtype=torch.float32, device=x.device)
+    values, slopes = torch.empty(2, *(indices.shape if needs_grad else (1, 1)), dtype=torch.float32, device=x.device)
+    divisor = {REDUCTIONS["mean"]: n * width, REDUCTIONS["batchmean"]: n}.get(reduction, 1)
+    K = triton.next_power_of_2(k)
+    with torch.cuda.device_of(x):
+        _edges_kernel[(n,)](
+            x, coefficients(x, metric), teacher_values, indices, row_weight, losses, values, slopes, width, k,
+            1 / temperature, 1 / max(divisor, 1),
+            METRIC=metric, NEEDS_GRAD=needs_grad, K=K, BD=ROW_BLOCK, num_warps=ROW_WARPS,
+        )  # fmt: skip
+        grad = _gradient(x, x, indices, True, True, values, slopes, metric) if needs_grad else x.new_empty(0)
+    return losses if reduction == REDUCTIONS["none"] else losses.sum(), grad

@@ -1,0 +1,203 @@
+"""The Triton kernels of the graph ops on the CPU, interpreted. Run by test_graph_triton.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdfast import reference
+from kdfast.ops.autograd import REDUCTIONS
+from kdfast.ops.graph import METRICS, triton_kernels
+from kdfast.ops.graph.triton_kernels import Tiling
+
+assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
+
+# Several tiles either way, and a width that is no multiple of the depth.
+TILE = Tiling(16, 16, 16, 1, 1)
+N, WIDTH = 14, 21
+# How the columns reach the selection: two looks at tiles, buffers that overflow, or all of the matrix at once.
+PATHS = {"tiles": (((128, 2, 16),), 0), "overflow": (((128, 2, 8),), 0), "plain": (((128, 2, 16),), 10**9)}
+
+path = pytest.mark.parametrize("path", PATHS)
+metric = pytest.mark.parametrize("metric", METRICS)
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def launch(monkeypatch, path, x, k, metric, *, keys=None, labels=None, include_self=False, ieee=True):
+    selections, pairs = PATHS[path]
+    monkeypatch.setattr(triton_kernels, "tiling", lambda dtype, ieee: TILE)
+    monkeypatch.setattr(triton_kernels, "SELECTIONS", selections)
+    monkeypatch.setattr(triton_kernels, "PLAIN_PAIRS", pairs)
+    monkeypatch.setattr(triton_kernels, "BINS_SPLITS", 2)
+    with np.errstate(all="ignore"):
+        return triton_kernels.graph(x, keys, labels, k, METRICS[metric], include_self, ieee)
+
+
+def assert_reference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0].double(), expected[0].double(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+OPTIONS = {torch.float32: "keys", torch.bfloat16: "rows", torch.float16: "include_self"}
+
+
+@path
+@metric
+def test_neighbours_are_the_reference_s(monkeypatch, path, metric):
+    dtype = list(OPTIONS)[(list(PATHS).index(path) + METRICS[metric]) % 3]
+    x, keys = normal(N, WIDTH).to(dtype), normal(40, WIDTH, seed=1).to(dtype)
+    options = {"keys": {"keys": keys}, "rows": {}, "include_self": {"include_self": True}}[OPTIONS[dtype]]
+    wide = {n: v.double() if n == "keys" else v for n, v in options.items()}
+    expected = reference.similarity_graph(x.double(), 7, metric=metric, **wide)
+    assert_reference(launch(monkeypatch, path, x, 7, metric, **options), expected)
+
+
+@path
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_ties_break_to_the_smaller_index(monkeypatch, path, metric):
+    k = 6
+    x, labels = integers(N, 4), torch.arange(N) % 3
+    assert_reference(launch(monkeypatch, path, x, k, metric), reference.similarity_graph(x, k, metric=metric))
+    got = launch(monkeypatch, path, x, k, metric, labels=labels)
+    assert_reference(got, reference.hardest_negatives(x, labels, k, metric=metric))
+
+
+@pytest.mark.parametrize("path", ["tiles", "plain"])
+@metric
+def test_as_many_neighbours_as_rows_and_missing_ones(monkeypatch, path, metric):
+    x = integers(N, 4)
+    if metric != "cosine":
+        assert_reference(
+            launch(monkeypatch, path, x, N - 1, metric), reference.similarity_graph(x, N - 1, metric=metric)
+        )
+    labels = torch.zeros(N, dtype=torch.int64)
+    labels[3] = 5
+    got = launch(monkeypatch, path, normal(N, 4), 4, metric, labels=labels)
+    assert_reference(got, reference.hardest_negatives(normal(N, 4), labels, 4, metric=metric))
+
+
+@path
+def test_equal_rows_have_equal_bits(monkeypatch, path):
+    x = normal(4, WIDTH)[torch.arange(N) % 4]
+    values, indices = launch(monkeypatch, path, x, 2, "cosine")
+    for row in range(N):
+        assert values[row].unique().numel() == 1
+        assert indices[row].tolist() == [j for j in range(row % 4, N, 4) if j != row][:2]
+
+
+@path
+@metric
+def test_nan_comes_last_and_stays_in_its_row(monkeypatch, path, metric):
+    x = normal(N, WIDTH)
+    clean = launch(monkeypatch, path, x[torch.arange(N) != 7], 5, metric)
+    x[7, 2] = math.nan
+    values, indices = launch(monkeypatch, path, x, 5, metric)
+    others = torch.arange(N) != 7
+    torch.testing.assert_close(values[others], clean[0])
+    assert torch.equal(indices[others], clean[1] + (clean[1] >= 7))
+    assert values[7].isnan().all()
+    assert indices[7].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("path", ["tiles", "overflow"])
+def test_near_rows_far_from_the_origin_keep_their_order(monkeypatch, path):
+    x = integers(N, 5) / 64 + 100 * integers(2, 5, seed=1).repeat_interleave(N // 2, dim=0)
+    assert_reference(launch(monkeypatch, path, x, 6, "euclidean"), reference.similarity_graph(x, 6, metric="euclidean"))
+    half = (integers(N, 5) / 8 + 8).bfloat16()
+    expected = reference.similarity_graph(half.double(), 6, metric="euclidean")
+    assert_reference(launch(monkeypatch, path, half, 6, "euclidean"), expected)
+
+
+def test_tf32_is_allowed_and_no_rows_are_no_work(monkeypatch):
+    x = integers(N, 4)  # exact in 11 bits
+    got = launch(monkeypatch, "tiles", x, 6, "dot", ieee=False)
+    assert_reference(got, reference.similarity_graph(x, 6, metric="dot"))
+    values, indices = launch(monkeypatch, "tiles", x[:0], 3, "dot", keys=x)
+    assert values.shape == indices.shape == (0, 3)
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        launch(monkeypatch, "tiles", x.double(), 3, "dot")
+
+
+@metric
+@pytest.mark.parametrize("with_keys", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_the_reference_s(metric, with_keys, dtype):
+    x, keys = normal(30, 70).to(dtype), normal(20, 70, seed=1).to(dtype) if with_keys else None
+    x[3] = 0
+    k = 6
+    leaves = [t.double().requires_grad_() for t in (x, keys) if t is not None]
+    expected = reference.similarity_graph(leaves[0], k, metric=metric, keys=leaves[1] if with_keys else None)
+    upstream = normal(30, k, seed=2)
+    truth = torch.autograd.grad(expected.values, leaves, upstream.double())
+    got = triton_kernels.graph_backward(
+        x,
+        keys,
+        expected.values.detach().float(),
+        expected.indices.contiguous(),
+        upstream,
+        METRICS[metric],
+        True,
+        with_keys,
+    )
+    for grad, wanted in zip(got, truth, strict=False):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad, wanted.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-5)
+    assert (got[0][3] == 0).all() or metric != "cosine"
+
+
+def test_a_missing_neighbour_passes_no_gradient():
+    x, upstream = normal(6, 5), torch.ones(6, 2)
+    indices = torch.tensor([[1, -1]] * 6)
+    values = torch.tensor([[0.5, -math.inf]] * 6)
+    grad, _ = triton_kernels.graph_backward(x, None, values, indices, upstream, METRICS["dot"], True, False)
+    expected = x[1].repeat(6, 1)
+    expected[1] += x.sum(0)
+    torch.testing.assert_close(grad, expected)
+
+
+@metric
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+def test_the_loss_and_its_gradient_are_the_reference_s(metric, reduction):
+    student, teacher, k, temperature = normal(30, 70), normal(30, 9, seed=1), 6, 0.5
+    student[4] = student[5]
+    graph = reference.similarity_graph(teacher, k, metric=metric)
+    weight = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
+    leaf = student.double().requires_grad_()
+    s = reference.relations.similarity_matrix(leaf, leaf, metric).gather(1, graph.indices)
+    t = graph.values.double() * (-1 if metric == "euclidean" else 1)
+    log_s, log_t = (torch.log_softmax(z / temperature, dim=1) for z in (s, t))
+    rows = (log_t.exp() * (log_t - log_s)).sum(1) * weight
+    expected = {"none": rows, "sum": rows.sum(), "batchmean": rows.mean()}[reduction]
+    (truth,) = torch.autograd.grad(expected.sum(), leaf)
+    for needs_grad in (False, True):
+        loss, grad = triton_kernels.graph_kl(
+            student,
+            graph.values,
+            graph.indices.contiguous(),
+            weight,
+            temperature,
+            METRICS[metric],
+            REDUCTIONS[reduction],
+            needs_grad,
+        )
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=1e-6)
+        assert grad.numel() == (student.numel() if needs_grad else 0)
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-6)
