@@ -27,9 +27,11 @@ COMMON = [
     "csrc/cpu/row_runner.cpp",
     "csrc/cpu/kl.cpp",
     "csrc/cpu/topk_kl.cpp",
+    "csrc/cpu/rkd.cpp",
+    "csrc/cpu/rkd_sequence.cpp",
 ]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
-PER_LEVEL = ["csrc/cpu/kl_rows.cpp"]
+PER_LEVEL = ["csrc/cpu/kl_rows.cpp", "csrc/cpu/rkd_kernels.cpp", "csrc/cpu/rkd_sequence_kernels.cpp"]
 CUDA: list[str] = []
 
 

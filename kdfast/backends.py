@@ -28,6 +28,8 @@ NAMES = (AUTO, CPU, TRITON, REFERENCE)
 KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
+    "rkd": (CPU,),
+    "rkd_sequence": (CPU,),
 }
 
 try:
