@@ -28,7 +28,7 @@ NAMES = (AUTO, CPU, TRITON, REFERENCE)
 KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
-    "rkd": (CPU,),
+    "rkd": (CPU, TRITON),  # triton: unmeasured
     "rkd_sequence": (CPU,),
 }
 

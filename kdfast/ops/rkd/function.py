@@ -32,6 +32,15 @@ define(
 define("rkd_sequence(Tensor student, Tensor teacher, Tensor? mask, bool needs_grad) -> (Tensor, Tensor)")
 
 
+def _rkd_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.rkd import triton_kernels  # needs triton, which a machine without a GPU may lack
+
+    return triton_kernels.rkd(*arguments)
+
+
+LIBRARY.impl("rkd", _rkd_cuda, "CUDA")
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What kernels compute and return: float32 for half types."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
