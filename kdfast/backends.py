@@ -29,7 +29,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "kl": (CPU, TRITON),  # triton: unmeasured
     "topk_kl": (CPU, TRITON),  # triton: unmeasured
     "rkd": (CPU, TRITON),  # triton: unmeasured
-    "rkd_sequence": (CPU,),
+    "rkd_sequence": (CPU, TRITON),  # triton: unmeasured
 }
 
 try:

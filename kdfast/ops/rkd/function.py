@@ -38,7 +38,14 @@ def _rkd_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton_kernels.rkd(*arguments)
 
 
+def _rkd_sequence_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from kdfast.ops.rkd import triton_kernels
+
+    return triton_kernels.rkd_sequence(*arguments)
+
+
 LIBRARY.impl("rkd", _rkd_cuda, "CUDA")
+LIBRARY.impl("rkd_sequence", _rkd_sequence_cuda, "CUDA")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
