@@ -31,6 +31,8 @@ COMMON = [
     "csrc/cpu/features.cpp",
     "csrc/cpu/graph.cpp",
     "csrc/cpu/graph_loss.cpp",
+    "csrc/cpu/rkd.cpp",
+    "csrc/cpu/rkd_sequence.cpp",
 ]
 # Compiled once per instruction set, each with its own flags: see csrc/cpu/levels.h.
 PER_LEVEL = [
@@ -39,6 +41,8 @@ PER_LEVEL = [
     "csrc/cpu/feature_rows.cpp",
     "csrc/cpu/graph_tiles.cpp",
     "csrc/cpu/graph_edges.cpp",
+    "csrc/cpu/rkd_kernels.cpp",
+    "csrc/cpu/rkd_sequence_kernels.cpp",
 ]
 CUDA = ["csrc/cuda/kl.cu"]
 

@@ -32,6 +32,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "relation": (CPU, TRITON),  # triton: unmeasured
     "features": (CPU, TRITON),  # triton: unmeasured
     "graph": (CPU, TRITON),  # triton: unmeasured
+    "rkd": (CPU, TRITON),  # triton: unmeasured
+    "rkd_sequence": (CPU, TRITON),  # triton: unmeasured
 }
 # Kernels that run where they are forced alone: not measured yet against the default of their op.
 UNMEASURED: dict[str, tuple[str, ...]] = {

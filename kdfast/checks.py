@@ -347,6 +347,28 @@ def check_mixed_reduction(reduction: str) -> None:
     check_reduction(reduction, ("none", "sum", "batchmean"))
 
 
+def check_relation_reduction(reduction: str) -> None:
+    """A loss on pairs and triplets of rows has a mean and a sum."""
+    if reduction == "none":
+        raise ValueError(
+            "reduction must be 'sum' or 'mean', got 'none': it would return a value for each of N^2 pairs or N^3 "
+            "triplets, which are never held in memory"
+        )
+    check_reduction(reduction, ("sum", "mean"))
+
+
+def check_triplets(triplets: str | int, generator: torch.Generator | None) -> None:
+    """``triplets`` is 'all' or how many apexes to draw, from ``generator`` or PyTorch's own."""
+    if isinstance(triplets, str):
+        check_option("triplets", triplets, ("all",))
+    elif isinstance(triplets, bool) or not isinstance(triplets, int):
+        raise TypeError(f"triplets must be 'all' or an int, got {type(triplets).__name__}")
+    elif triplets < 1:
+        raise ValueError(f"triplets must be 'all' or at least 1, got {triplets}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+
+
 def check_alpha_without_labels(alpha: float) -> None:
     """Without labels there is no cross-entropy for ``1 - alpha`` to weigh."""
     if alpha != 1:

@@ -160,6 +160,8 @@ def pkt_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     eps, norms = options.get("eps", 1e-7), inputs["student"].flatten(1).norm(dim=1)
     student, teacher = (kdfast.reference.features.neighbours(inputs[side], eps) for side in ("student", "teacher"))
     return float((teacher / (student + eps)).max() / len(student) / norms.min())
+
+
 def similarity_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     """The gradient of a cosine is made of terms of size 1 / |x|, which cancel to 0 at width 1."""
     x = inputs["features" if "features" in inputs else "student"].flatten(1)
@@ -167,11 +169,25 @@ def similarity_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     return 1 / max(float(norms[norms > 0].min()), 1e-12) if options["metric"] == "cosine" else 0.1
 
 
+def rkd_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """A direction turns by 1 over the distance, and float64 knows a cosine to eps times the ratio of its distances.
+
+    On a line, where directions cannot turn, terms of that size cancel to 0. tests/ops/test_rkd.py is stricter.
+    """
+    d = torch.pdist(inputs["student"])
+    d = d[d > 0]
+    nearest, farthest = (min(float(d.min()), 1.0), max(float(d.max()), 1.0)) if len(d) else (1.0, 1.0)
+    return 0.1 * (options.get("distance_weight", 1.0) + options.get("angle_weight", 1.0) * farthest / nearest**2)
+
+
 LOGIT_SHAPES: Sequence[Shape] = ((6,), (2, 3), (1,), (), (2, 1, 2))
 LOGIT_WIDTHS = (1, 2, 5, 16, 33, 100)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 TEMPERATURES = (1.0, 4.0, 0.5)
 ROWS = {"reduction": REDUCTIONS, "mask": (None, row_mask), "row_weight": (None, row_weights)}
+# 'sum' is as many times larger as there are pairs or triplets: the parity tests of rkd have it.
+PAIRS = {"mask": (None, row_mask), "row_weight": (None, row_weights)}
+TRIPLETS = {"triplets": ("all", 100), **PAIRS}  # no more than the batch: all of them, and none is drawn
 
 SAMPLES: dict[str, Sample] = {
     "kl_divergence": Sample(
@@ -255,9 +271,14 @@ SAMPLES: dict[str, Sample] = {
     "pkt_loss": Sample(feature_pair, module="PKTLoss", gradient_terms=pkt_terms),
     "kernel_alignment_loss": Sample(feature_pair, {"centered": (False, True)}, module="KernelAlignmentLoss"),
     "similarity_preserving_loss": Sample(feature_pair, module="SimilarityPreservingLoss"),
-    "rkd_distance_loss": Sample(feature_pair, module="RKDDistanceLoss"),
-    "rkd_angle_loss": Sample(feature_pair, module="RKDAngleLoss"),
-    "rkd_loss": Sample(feature_pair, module="RKDLoss"),
+    "rkd_distance_loss": Sample(feature_pair, PAIRS, module="RKDDistanceLoss"),
+    "rkd_angle_loss": Sample(feature_pair, TRIPLETS, module="RKDAngleLoss", gradient_terms=rkd_terms),
+    "rkd_loss": Sample(
+        feature_pair,
+        {"distance_weight": (25.0, 0.0), "angle_weight": (50.0, 0.0), **TRIPLETS},
+        module="RKDLoss",
+        gradient_terms=rkd_terms,
+    ),
     "rkd_sequence_angle_loss": Sample(sequence_pair, {"mask": (None, token_mask)}, module="RKDSequenceAngleLoss"),
     "crd_loss": Sample(
         labelled_features, {"normalize": (False, True)}, module="InBatchCRDLoss", gradient_terms=crd_terms

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness  # noqa: E402
 import kl  # noqa: E402
 import readme_tables  # noqa: E402
+import rkd  # noqa: E402
+import rkd_plot  # noqa: E402
 import tables  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -240,3 +242,33 @@ def test_the_readme_is_rewritten_between_the_markers_alone_and_checked(tmp_path,
 
 def test_the_readme_shows_the_newest_results():
     assert readme_tables.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (3, 8, 20)], ids=["rows", "sequences"])
+def test_every_candidate_of_rkd_agrees_with_the_reference(shape):
+    build = rkd.case if len(shape) == 2 else rkd.sequence_case
+    case = build(shape, harness.Options(CPU, torch.float32))
+    kept = {label: run for label, run in case.candidates.items() if "compiled" not in label}
+    expected = {"kdfast", "eager reference"}
+    assert kept.keys() == expected | ({"eager RepDistiller form", "torchdistill"} if len(shape) == 2 else set())
+    assert harness.check(dataclasses.replace(case, candidates=kept)) == {}
+
+
+def test_candidates_of_rkd_that_do_not_fit_are_left_out():
+    assert rkd.fits((256, 512)) and not rkd.fits((1024, 512))
+    case = rkd.case((1024, 8), harness.Options(CPU, torch.float32))  # N^3 alone
+    assert case.candidates.keys() == {"kdfast"}
+
+
+def test_the_plot_has_a_curve_for_every_candidate(tmp_path):
+    records = []
+    for n in (8, 16):
+        case = rkd.case((n, 20), harness.Options(CPU, torch.float32))
+        kept = {label: run for label, run in case.candidates.items() if "compiled" not in label}
+        record = harness.measure(dataclasses.replace(case, candidates=kept), budget=0)
+        records.append({"allocator": "default", **record, "peak_bytes": dict.fromkeys(kept, 2**20 * n)})
+    result = {**result_of(records[0]), "cases": records}
+    assert rkd_plot.curves(result, "peak_bytes")["kdfast"] == [(8, 8 * 2**20), (16, 16 * 2**20)]
+    assert rkd_plot.curves(result, "seconds").keys() == kept.keys()
+    rkd_plot.draw(result, tmp_path / "rkd.png")
+    assert (tmp_path / "rkd.png").stat().st_size > 10_000

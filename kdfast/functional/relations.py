@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdfast import backends, checks
-from kdfast.ops import graph, relation
+from kdfast.ops import graph, relation, rkd
 from kdfast.reference import relations as reference
 from kdfast.reference.crd import CRDLoss
 from kdfast.reference.relations import SimilarityGraph
@@ -61,25 +62,36 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return relation.similarity_preserving(student, teacher)
 
 
-def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def rkd_distance_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     r"""Relational knowledge distillation of distances: Huber loss of the distances between rows over their mean.
 
     .. math::
         \psi_{ij} = \frac{\|x_i - x_j\|_2}{\frac{1}{N(N-1)} \sum_{k \ne l} \|x_k - x_l\|_2}, \qquad
-        L = \frac{1}{N^2} \sum_{ij} h(\psi^s_{ij} - \psi^t_{ij}),
+        L = \frac{1}{N^2} \sum_{ij} w_i w_j\, h(\psi^s_{ij} - \psi^t_{ij}),
 
-    with :math:`h(d) = d^2/2` for :math:`|d| < 1` and :math:`|d| - 1/2` beyond.
+    with :math:`h(d) = d^2/2` for :math:`|d| < 1` and :math:`|d| - 1/2` beyond, and w = 1 unless given.
 
     Args:
         student: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets the only gradient.
         teacher: (N, …), same N, dtype and device; its width may differ.
+        mask: bool (N,), the rows to count: N is their number then. The others are not read and get gradient 0.
+        row_weight: float (N,), w: a pair counts :math:`w_i w_j` times. Does not change what the means
+            divide by. No gradient.
+        reduction: ``'mean'``, or ``'sum'`` over all ordered pairs. ``'none'`` is refused.
 
     Returns:
         Scalar, float32 for half types, else the dtype of the input. One row or none: 0.
 
     Raises:
-        TypeError: an argument is not a tensor of a floating dtype, or the dtypes differ.
-        ValueError: numbers of rows or devices differ, fewer than 2 dimensions.
+        TypeError: an argument is not a tensor of the right dtype, or the dtypes differ.
+        ValueError: numbers of rows, shapes or devices differ, fewer than 2 dimensions, unknown option.
 
     Coincident rows are at distance 0, and their pair passes gradient 0. If all rows coincide, all distances stay 0.
 
@@ -91,28 +103,51 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Park et al. 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068.
     """
     checks.check_features(student, teacher)
-    return reference.rkd_distance_loss(student, teacher)
+    _check_rows(student, mask, row_weight, reduction)
+    if not backends.has_kernel("rkd", student):
+        return reference.rkd_distance_loss(student, teacher, mask=mask, row_weight=row_weight, reduction=reduction)
+    return rkd.rkd(student, teacher, rkd.Options(1.0, 0.0, reduction == "mean"), mask=mask, row_weight=row_weight)
 
 
-def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def rkd_angle_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    triplets: str | int = "all",
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     r"""Relational knowledge distillation of angles: Huber loss of the cosines of the angles in all triplets of rows.
 
     .. math::
         \cos_{ijk} = \left\langle \frac{x_i - x_j}{\|x_i - x_j\|_2}, \frac{x_k - x_j}{\|x_k - x_j\|_2} \right\rangle,
-        \qquad L = \frac{1}{N^3} \sum_{ijk} h(\cos^s_{ijk} - \cos^t_{ijk}),
+        \qquad L = \frac{1}{N^3} \sum_{ijk} w_i w_j w_k\, h(\cos^s_{ijk} - \cos^t_{ijk}),
 
-    with :math:`h(d) = d^2/2` for :math:`|d| < 1` and :math:`|d| - 1/2` beyond.
+    with :math:`h(d) = d^2/2` for :math:`|d| < 1` and :math:`|d| - 1/2` beyond, and w = 1 unless given.
 
     Args:
         student: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets the only gradient.
         teacher: (N, …), same N, dtype and device; its width may differ.
+        triplets: ``'all'``, or a number M < N of apexes j drawn at random, without one twice: the mean (or N / M times
+            the sum) over the triplets at those. Unbiased, and N / M times cheaper, for N in the tens of thousands.
+        generator: what the apexes are drawn from, on the device of ``student``; None: PyTorch's default.
+        mask: bool (N,), the rows to count: N is their number then. The others are not read and get gradient 0.
+        row_weight: float (N,), w: a triplet counts :math:`w_i w_j w_k` times. Does not change what the means
+            divide by. No gradient.
+        reduction: ``'mean'``, or ``'sum'`` over all ordered triplets. ``'none'`` is refused.
 
     Returns:
         Scalar, float32 for half types, else the dtype of the input. No rows: 0.
 
     Raises:
-        TypeError: an argument is not a tensor of a floating dtype, or the dtypes differ.
-        ValueError: numbers of rows or devices differ, fewer than 2 dimensions.
+        TypeError: an argument is not a tensor of the right dtype, the dtypes differ, or ``triplets`` is neither.
+        ValueError: numbers of rows, shapes or devices differ, fewer than 2 dimensions, ``triplets`` below 1, unknown
+            option.
+
+    Neither N^3 cosines nor N^2 differences are held: on the CPU and with Triton the cosines are made of squared
+    distances, in O(N^2 D + N^3) operations and O(N^2) memory.
 
     Two coincident rows have no direction between them: its cosines are 0 and pass gradient 0.
 
@@ -122,10 +157,35 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Park et al. 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068.
     """
     checks.check_features(student, teacher)
-    return reference.rkd_angle_loss(student, teacher)
+    checks.check_triplets(triplets, generator)
+    _check_rows(student, mask, row_weight, reduction)
+    if not backends.has_kernel("rkd", student):
+        return reference.rkd_angle_loss(
+            student,
+            teacher,
+            triplets=triplets,
+            generator=generator,
+            mask=mask,
+            row_weight=row_weight,
+            reduction=reduction,
+        )
+    apexes = reference.sampled_apexes(student, triplets, generator, mask)
+    options = rkd.Options(0.0, 1.0, reduction == "mean")
+    return rkd.rkd(student, teacher, options, mask=mask, row_weight=row_weight, apexes=apexes)
 
 
-def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    triplets: str | int = "all",
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     r"""Relational knowledge distillation: the weighted sum of :func:`rkd_distance_loss` and :func:`rkd_angle_loss`.
 
     .. math:: L = \lambda_D L_{\text{distance}} + \lambda_A L_{\text{angle}}.
@@ -133,15 +193,24 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
     Args:
         student: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets the only gradient.
         teacher: (N, …), same N, dtype and device; its width may differ.
-        distance_weight: >= 0, :math:`\lambda_D`.
+        distance_weight: >= 0, :math:`\lambda_D`. A term of weight 0 is left out.
         angle_weight: >= 0, :math:`\lambda_A`.
+        triplets: ``'all'``, or a number M < N of apexes j drawn at random, without one twice: the mean (or N / M times
+            the sum) over the triplets at those. Unbiased, and N / M times cheaper, for N in the tens of thousands.
+        generator: what the apexes are drawn from, on the device of ``student``; None: PyTorch's default.
+        mask: bool (N,), the rows to count: N is their number then. The others are not read and get gradient 0.
+        row_weight: float (N,), w: a pair counts :math:`w_i w_j` times, a triplet :math:`w_i w_j w_k` times. Does not
+            change what the means divide by. No gradient.
+        reduction: ``'mean'``, or ``'sum'`` over all ordered pairs and triplets. ``'none'`` is refused.
 
     Returns:
         Scalar, float32 for half types, else the dtype of the input.
 
     Raises:
-        TypeError: an argument is not a tensor of a floating dtype, the dtypes differ, or a weight is not a number.
-        ValueError: numbers of rows or devices differ, fewer than 2 dimensions, a weight negative or not finite.
+        TypeError: an argument is not a tensor of the right dtype, the dtypes differ, a weight is not a number, or
+            ``triplets`` is neither of what it may be.
+        ValueError: numbers of rows, shapes or devices differ, fewer than 2 dimensions, a weight negative or not finite,
+            ``triplets`` below 1, unknown option.
 
     Differs from the authors' code and torchdistill's ``RKDLoss`` for near and coincident rows alone; the two terms say
     how.
@@ -151,7 +220,29 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
     checks.check_features(student, teacher)
     checks.check_non_negative("distance_weight", distance_weight)
     checks.check_non_negative("angle_weight", angle_weight)
-    return reference.rkd_loss(student, teacher, distance_weight=distance_weight, angle_weight=angle_weight)
+    checks.check_triplets(triplets, generator)
+    _check_rows(student, mask, row_weight, reduction)
+    if not backends.has_kernel("rkd", student):
+        return reference.rkd_loss(
+            student,
+            teacher,
+            distance_weight=distance_weight,
+            angle_weight=angle_weight,
+            triplets=triplets,
+            generator=generator,
+            mask=mask,
+            row_weight=row_weight,
+            reduction=reduction,
+        )
+    apexes = reference.sampled_apexes(student, triplets, generator, mask)
+    options = rkd.Options(float(distance_weight), float(angle_weight), reduction == "mean")
+    return rkd.rkd(student, teacher, options, mask=mask, row_weight=row_weight, apexes=apexes)
+
+
+def _check_rows(student: Tensor, mask: Tensor | None, row_weight: Tensor | None, reduction: str) -> None:
+    checks.check_mask(mask, student.shape[:1], student)
+    checks.check_row_weight(row_weight, student.shape[:1], student)
+    checks.check_relation_reduction(reduction)
 
 
 def rkd_sequence_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -185,7 +276,9 @@ def rkd_sequence_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
     """
     checks.check_sequences(student, teacher, min_length=3)
     checks.check_mask(mask, student.shape[:2], student)
-    return reference.rkd_sequence_angle_loss(student, teacher, mask=mask)
+    if not backends.has_kernel("rkd_sequence", student):
+        return reference.rkd_sequence_angle_loss(student, teacher, mask=mask)
+    return rkd.rkd_sequence(student, teacher, mask=mask)
 
 
 def crd_loss(

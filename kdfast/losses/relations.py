@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdfast.functional import relations as F
@@ -43,11 +44,13 @@ class RKDDistanceLoss(LossModule):
     Module form of :func:`kdfast.rkd_distance_loss`, which documents formula, shapes, dtypes and errors.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.rkd_distance_loss(student, teacher)
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, row_weight: Tensor | None = None
+    ) -> Tensor:
+        return F.rkd_distance_loss(student, teacher, mask=mask, row_weight=row_weight, **self.options())
 
 
 class RKDAngleLoss(LossModule):
@@ -56,11 +59,21 @@ class RKDAngleLoss(LossModule):
     Module form of :func:`kdfast.rkd_angle_loss`, which documents formula, shapes, dtypes and errors.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, triplets: str | int = "all", reduction: str = "mean") -> None:
+        super().__init__(triplets=triplets, reduction=reduction)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.rkd_angle_loss(student, teacher)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        return F.rkd_angle_loss(
+            student, teacher, generator=generator, mask=mask, row_weight=row_weight, **self.options()
+        )
 
 
 class RKDLoss(LossModule):
@@ -70,11 +83,28 @@ class RKDLoss(LossModule):
     Module form of :func:`kdfast.rkd_loss`, which documents formula, shapes, dtypes and errors.
     """
 
-    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
-        super().__init__(distance_weight=distance_weight, angle_weight=angle_weight)
+    def __init__(
+        self,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        triplets: str | int = "all",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            distance_weight=distance_weight, angle_weight=angle_weight, triplets=triplets, reduction=reduction
+        )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.rkd_loss(student, teacher, **self.options())
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        return F.rkd_loss(student, teacher, generator=generator, mask=mask, row_weight=row_weight, **self.options())
 
 
 class RKDSequenceAngleLoss(LossModule):

@@ -26,33 +26,122 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return mean_or_zero((g_student - g_teacher).square())
 
 
-def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over all N^2 pairs of ``Huber(d_s - d_t)``, each d over its mean."""
-    return huber(relative_distances(student), relative_distances(teacher.detach()))
+def rkd_distance_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over all N^2 pairs of ``w_i w_j Huber(d_s - d_t)``, each d over its mean; N are the rows ``mask`` keeps."""
+    d_student, d_teacher = (relative_distances(x, mask) for x in (student, teacher.detach()))
+    weight = row_weights(mask, row_weight, d_student)
+    total = (F.smooth_l1_loss(d_student, d_teacher, reduction="none") * weight.unsqueeze(1) * weight).sum()
+    return total / rows_kept(mask, d_student).square().clamp(min=1) if reduction == "mean" else total
 
 
-def relative_distances(x: Tensor) -> Tensor:
-    """Distances divided by their mean over the pairs i != j; all rows in one place: 0."""
-    d = pairwise_distances(flatten_rows(x))
-    n = d.shape[0]
-    mean = d.sum() / max(n * (n - 1), 1)
+def relative_distances(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Distances divided by their mean over the pairs i != j; all rows in one place: 0. Rows not kept: 0."""
+    x = flatten_rows(x)
+    keep = x.new_ones(x.shape[0]) if mask is None else mask.to(x.dtype)
+    d = pairwise_distances(kept_rows(x, mask)) * keep.unsqueeze(1) * keep
+    n = rows_kept(mask, d)
+    mean = d.sum() / (n * (n - 1)).clamp(min=1)
     return d / torch.where(mean == 0, 1.0, mean)
 
 
-def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over all N^3 triplets of ``Huber(cos_s - cos_t)``, the cosines of the angles ijk at j."""
-    return huber(triplet_cosines(student), triplet_cosines(teacher.detach()))
+def rkd_angle_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    triplets: str | int = "all",
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over all N^3 triplets of ``w_i w_j w_k Huber(cos_s - cos_t)``, the cosines of the angles ijk at j.
+
+    An int for ``triplets`` is a number of apexes j to draw: the mean over the triplets at those.
+    """
+    apexes = sampled_apexes(student, triplets, generator, mask)
+    return angle_loss(student, teacher, apexes, mask, row_weight, reduction)
 
 
-def triplet_cosines(x: Tensor) -> Tensor:
-    """(N, N, N): ``<u_ji, u_jk>`` at [j, i, k], ``u_ji`` the unit vector from j to i; 0 where two rows coincide."""
-    x = flatten_rows(x)
-    return gram(unit_rows(x.unsqueeze(0) - x.unsqueeze(1)))
+def angle_loss(
+    student: Tensor,
+    teacher: Tensor,
+    apexes: Tensor | None,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """:func:`rkd_angle_loss` of the triplets at ``apexes`` (None: all)."""
+    c_student, c_teacher = (triplet_cosines(x, apexes, mask) for x in (student, teacher.detach()))
+    weight, n = row_weights(mask, row_weight, c_student), rows_kept(mask, c_student)
+    at = weight if apexes is None else weight[apexes]
+    count = n if apexes is None else rows_kept(None if mask is None else mask[apexes], at)
+    weights = at[:, None, None] * weight.unsqueeze(1) * weight
+    total = (F.smooth_l1_loss(c_student, c_teacher, reduction="none") * weights).sum() / count.clamp(min=1)
+    return total / n.square().clamp(min=1) if reduction == "mean" else total * n
 
 
-def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+def triplet_cosines(x: Tensor, apexes: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """(N, N, N): ``<u_ji, u_jk>`` at [j, i, k], ``u_ji`` the unit vector from j to i; 0 where two rows coincide.
+
+    j runs over ``apexes`` where they are given.
+    """
+    x = kept_rows(flatten_rows(x), mask)
+    return gram(unit_rows(x.unsqueeze(0) - (x if apexes is None else x[apexes]).unsqueeze(1)))
+
+
+def sampled_apexes(
+    x: Tensor, triplets: str | int, generator: torch.Generator | None, mask: Tensor | None
+) -> Tensor | None:
+    """None for all rows, or int64 indices of ``triplets`` rows, each set of that size as likely as any other.
+
+    Rows ``mask`` drops come last: they are among the indices only if too few others are left.
+    """
+    if isinstance(triplets, str) or triplets >= x.shape[0]:
+        return None
+    order = torch.rand(x.shape[0], generator=generator, device=x.device, dtype=torch.float64)
+    return (order if mask is None else order.masked_fill(~mask, -1.0)).topk(triplets).indices
+
+
+def kept_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, D) with the rows ``mask`` drops at 0, whatever they held."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(1), 0.0)
+
+
+def rows_kept(mask: Tensor | None, like: Tensor) -> Tensor:
+    """The number N of rows that count, in the dtype of ``like`` (…, N)."""
+    return like.new_tensor(like.shape[-1]) if mask is None else mask.sum().to(like.dtype)
+
+
+def row_weights(mask: Tensor | None, row_weight: Tensor | None, like: Tensor) -> Tensor:
+    """(N,) in the dtype of ``like`` (…, N): ``row_weight``, or 1, and 0 where ``mask`` drops the row."""
+    weight = like.new_ones(like.shape[-1]) if row_weight is None else row_weight.detach().to(like.dtype)
+    return weight if mask is None else weight.masked_fill(~mask, 0.0)
+
+
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    triplets: str | int = "all",
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``distance_weight`` times the distance loss plus ``angle_weight`` times the angle loss."""
-    return distance_weight * rkd_distance_loss(student, teacher) + angle_weight * rkd_angle_loss(student, teacher)
+    apexes = sampled_apexes(student, triplets, generator, mask)
+    distance = rkd_distance_loss(student, teacher, mask=mask, row_weight=row_weight, reduction=reduction)
+    angle = angle_loss(student, teacher, apexes, mask, row_weight, reduction)
+    return distance_weight * distance + angle_weight * angle
 
 
 def rkd_sequence_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -162,11 +251,6 @@ def best(similarities: Tensor, k: int, hidden: Tensor | None) -> tuple[Tensor, T
     order = scores.masked_fill(scores.isnan(), -math.inf).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, hidden.gather(1, order).to(torch.int8).argsort(dim=1, stable=True))[:, :k]
     return order, hidden.gather(1, order)
-
-
-def huber(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of Huber's function (beta 1) of the differences."""
-    return mean_or_zero(F.smooth_l1_loss(student, teacher, reduction="none"))
 
 
 def mean_or_zero(x: Tensor) -> Tensor:

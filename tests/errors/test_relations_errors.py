@@ -98,6 +98,44 @@ WEIGHTS = [
 ]
 WEIGHT_FUNCTIONS = {"distance_weight": rkd_loss, "angle_weight": rkd_loss, "alignment_weight": crd_of_labels}
 
+RKD_FUNCTIONS = {"rkd distance": rkd_distance_loss, "rkd angle": rkd_angle_loss, "rkd": rkd_loss}
+RKD_ROWS = [
+    ("mask float", {"mask": torch.ones(4)}, TypeError, "mask must have dtype torch.bool, got torch.float32"),
+    ("mask too short", {"mask": torch.ones(3).bool()}, ValueError, r"mask must have shape \(4,\), got \(3,\)"),
+    (
+        "weights of integers",
+        {"row_weight": torch.ones(4).long()},
+        TypeError,
+        "row_weight must have dtype .*, got torch.i",
+    ),
+    ("weights 2-D", {"row_weight": torch.ones(4, 1)}, ValueError, r"row_weight must have shape \(4,\), got \(4, 1\)"),
+    (
+        "weights on another device",
+        {"row_weight": torch.ones(4, device="meta")},
+        ValueError,
+        "row_weight is on meta but",
+    ),
+    (
+        "reduction none",
+        {"reduction": "none"},
+        ValueError,
+        r"must be 'sum' or 'mean', got 'none': .* N\^2 pairs or N\^3",
+    ),
+    (
+        "reduction batchmean",
+        {"reduction": "batchmean"},
+        ValueError,
+        "reduction must be 'sum' or 'mean', got 'batchmean'",
+    ),
+]
+RKD_TRIPLETS = [
+    ("triplets 0", {"triplets": 0}, ValueError, "triplets must be 'all' or at least 1, got 0"),
+    ("triplets unknown", {"triplets": "some"}, ValueError, "triplets must be 'all', got 'some'"),
+    ("triplets a float", {"triplets": 2.0}, TypeError, "triplets must be 'all' or an int, got float"),
+    ("triplets a bool", {"triplets": True}, TypeError, "triplets must be 'all' or an int, got bool"),
+    ("generator a seed", {"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+]
+
 # k of: (function of k, smallest k that is too large, what its message says)
 K_FUNCTIONS = {
     "graph": (lambda k: similarity_graph(x, k), 4, "k must be between 1 and N - 1 = 3, got 4"),
@@ -169,6 +207,16 @@ ERRORS = [
             (f"{function}: k a float", partial(f, 2.0), TypeError, "k must be an int, got float"),
             (f"{function}: k a bool", partial(f, True), TypeError, "k must be an int, got bool"),
         )
+    ],
+    *[
+        (f"{function}: {name}", partial(f, x, x, **options), exception, match)
+        for function, f in RKD_FUNCTIONS.items()
+        for name, options, exception, match in RKD_ROWS
+    ],
+    *[
+        (f"{function}: {name}", partial(f, x, x, **options), exception, match)
+        for function, f in list(RKD_FUNCTIONS.items())[1:]
+        for name, options, exception, match in RKD_TRIPLETS
     ],
     ("graph: one row has no neighbour", lambda: similarity_graph(x[:1], 1), ValueError, "between 1 and N - 1 = 0, got"),
     ("graph: default k, small batch", lambda: similarity_graph(x), ValueError, "between 1 and N - 1 = 3, got 20"),

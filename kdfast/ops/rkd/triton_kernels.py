@@ -1,0 +1,588 @@
+"""Triton kernels of rkd and their launchers. Formulas: csrc/math/. Unmeasured.
+
+Matrices of pairs are (N, N) float32 and hold a = half the squared distance, rounded to ``high``, what that rounding
+left in ``low``, and r = 1 / distance: six for student and teacher, two for the gradient, 8 N^2 floats in all. Squared
+distances are sums of squared differences in float64, which costs less than the N^3 stage, needs no matrix product (so
+no TF32) and loses no digit to an offset.
+
+N^3 stage, without atomics: _apex_kernel sums over k what the distances from an apex get, N^3 evaluations of a cosine;
+_pair_kernel sums over apexes what the distance between two other rows gets, N^3 / 2. About 16 and 12 instructions an
+evaluation, twice that at apexes that are ``wide``: where distances differ by more than WIDE_RATIO, a_i - a_ik cancels
+and both parts of a are used. Every sum has one order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The largest ratio of distances from one apex for which high alone keeps the cosines to a few roundings.
+WIDE_RATIO = tl.constexpr(8.0)
+SMALLEST_NORM = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _huber_slope(e):
+    slope = tl.minimum(tl.maximum(e, -1.0), 1.0)
+    return tl.where(e == e, slope, e)  # minimum and maximum drop NaN
+
+
+@triton.jit
+def _huber(e, slope):
+    return slope * (e - 0.5 * slope)
+
+
+# Reads x, D by N, once for each tile; writes three N x N matrices. N^2 D / 2 differences and FMAs in float64.
+@triton.jit
+def _distances_kernel(high_ptr, low_ptr, r_ptr, x_ptr, n, d, BLOCK: tl.constexpr):
+    """Tile (i, k), i <= k, of a and r, and its mirror image. x is transposed: column i is row i of the batch."""
+    if tl.program_id(0) > tl.program_id(1):
+        return
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float64)
+    for _ in range(d):
+        x_i = tl.load(x_ptr + rows, mask=rows < n, other=0.0).to(tl.float64)
+        x_k = tl.load(x_ptr + columns, mask=columns < n, other=0.0).to(tl.float64)
+        x_ptr += n
+        off = x_i[:, None] - x_k[None, :]
+        total += off * off
+    a = 0.5 * total
+    high = a.to(tl.float32)
+    low = (a - high.to(tl.float64)).to(tl.float32)
+    # What float32 cannot hold is 0, as a distance in float32 is.
+    r = tl.where(high > 0, 1.0 / tl.maximum(tl.sqrt(total), SMALLEST_NORM), 0.0).to(tl.float32)
+    r = tl.where(high == high, r, high)
+    here = (rows[:, None] < n) & (columns[None, :] < n)
+    at, mirrored = rows[:, None] * n + columns[None, :], columns[None, :] * n + rows[:, None]
+    tl.store(high_ptr + at, high, mask=here)
+    tl.store(low_ptr + at, low, mask=here)
+    tl.store(r_ptr + at, r, mask=here)
+    tl.store(high_ptr + mirrored, high, mask=here)
+    tl.store(low_ptr + mirrored, low, mask=here)
+    tl.store(r_ptr + mirrored, r, mask=here)
+
+
+@triton.jit
+def _kept(keep_ptr, at, here):
+    """Whether rows ``at`` count."""
+    if keep_ptr is not None:
+        here = here & (tl.load(keep_ptr + at, mask=here, other=0) != 0)
+    return here
+
+
+@triton.jit
+def _weights(weight_ptr, at, here):
+    """Weights of rows ``at``; 0 for those that do not count."""
+    weight = here.to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + at, mask=here, other=0.0)
+    return weight
+
+
+@triton.jit
+def _inverse_mean(total, n_kept):
+    """1 / mean over the pairs i != k of distances that sum to ``total``; 1 where that is 0."""
+    pairs = tl.maximum(n_kept * (n_kept - 1.0), 1.0)
+    return tl.where(total == 0, 1.0, pairs / tl.where(total == 0, 1.0, total)).to(tl.float32)
+
+
+# Reads two matrices a side once: what follows from the distances of one row.
+@triton.jit
+def _rows_kernel(
+    sum_s_ptr, sum_t_ptr, wide_ptr, high_s_ptr, r_s_ptr, high_t_ptr, r_t_ptr, keep_ptr, n, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Sums of the distances from a row, and whether they differ by more than WIDE_RATIO."""
+    row = tl.program_id(0).to(tl.int64)
+    offset = row * n
+    kept = _kept(keep_ptr, row, row < n)
+    sum_s = tl.zeros([BLOCK], tl.float32)
+    sum_t = tl.zeros([BLOCK], tl.float32)
+    far_r_s = tl.full([BLOCK], float("inf"), tl.float32)
+    far_r_t = tl.full([BLOCK], float("inf"), tl.float32)
+    near_r = tl.zeros([BLOCK], tl.float32)
+    near_r_t = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here = _kept(keep_ptr, k, k < n) & kept
+        sum_s += tl.sqrt(2.0 * tl.load(high_s_ptr + offset + k, mask=here, other=0.0))
+        sum_t += tl.sqrt(2.0 * tl.load(high_t_ptr + offset + k, mask=here, other=0.0))
+        r_s = tl.load(r_s_ptr + offset + k, mask=here, other=0.0)
+        r_t = tl.load(r_t_ptr + offset + k, mask=here, other=0.0)
+        near_r = tl.maximum(near_r, r_s)
+        near_r_t = tl.maximum(near_r_t, r_t)
+        far_r_s = tl.minimum(far_r_s, tl.where(r_s > 0, r_s, float("inf")))
+        far_r_t = tl.minimum(far_r_t, tl.where(r_t > 0, r_t, float("inf")))
+    wide = tl.max(near_r, axis=0) > WIDE_RATIO * tl.min(far_r_s, axis=0)
+    wide = wide | (tl.max(near_r_t, axis=0) > WIDE_RATIO * tl.min(far_r_t, axis=0))
+    tl.store(wide_ptr + row, wide.to(tl.int32))
+    tl.store(sum_s_ptr + row, tl.sum(sum_s, axis=0))
+    tl.store(sum_t_ptr + row, tl.sum(sum_t, axis=0))
+
+
+@triton.jit
+def _relative(high_s, high_t, inverse_s, inverse_t):
+    """Relative distances of the student, and how far they are from the teacher's."""
+    psi = tl.sqrt(2.0 * high_s) * inverse_s
+    return psi, psi - tl.sqrt(2.0 * high_t) * inverse_t
+
+
+# Reads one matrix a side once.
+@triton.jit
+def _distance_loss_kernel(
+    loss_ptr, slope_ptr, high_s_ptr, high_t_ptr, total_s_ptr, total_t_ptr, kept_ptr, weight_ptr, n, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Sums over k of w_i w_k h(e) and w_i w_k h'(e) psi_s of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    inverse_s = _inverse_mean(tl.load(total_s_ptr), tl.load(kept_ptr))
+    inverse_t = _inverse_mean(tl.load(total_t_ptr), tl.load(kept_ptr))
+    w_i = _weights(weight_ptr, row, row < n)
+    loss = tl.zeros([BLOCK], tl.float32)
+    slope = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here = k < n
+        high_s = tl.load(high_s_ptr + row * n + k, mask=here, other=0.0)
+        psi, e = _relative(high_s, tl.load(high_t_ptr + row * n + k, mask=here, other=0.0), inverse_s, inverse_t)
+        g = _huber_slope(e)
+        w = w_i * _weights(weight_ptr, k, here)
+        loss += w * _huber(e, g)
+        slope += w * g * psi
+    tl.store(loss_ptr + row, tl.sum(loss, axis=0))
+    tl.store(slope_ptr + row, tl.sum(slope, axis=0))
+
+
+@triton.jit
+def _cosine(a_ik, low_ik, a_i, low_i, a_k, low_k, r_i, r_k, WIDE: tl.constexpr):
+    """cos of the angle at the apex between i (axis 0) and k (axis 1), from half squared distances."""
+    off = a_k - a_ik
+    if WIDE:
+        # a_k - a_ik + a_i as if in twice the precision: what the first difference rounded away, and the low parts.
+        lost = a_k - (off + a_ik)
+        over_r = ((off + a_i) + (lost + ((low_k - low_ik) + low_i))) * r_i
+    else:
+        over_r = tl.fma(off, tl.broadcast_to(r_i, off.shape), tl.broadcast_to(a_i * r_i, off.shape))
+    return over_r * r_k
+
+
+@triton.jit
+def _row_of(high_ptr, low_ptr, r_ptr, at, here, WIDE: tl.constexpr):
+    a = tl.load(high_ptr + at, mask=here, other=0.0)
+    r = tl.load(r_ptr + at, mask=here, other=0.0)
+    low = tl.zeros_like(a)
+    if WIDE:
+        low = tl.load(low_ptr + at, mask=here, other=0.0)
+    return a, low, r
+
+
+@triton.jit
+def _tile_of(high_ptr, low_ptr, at, here, WIDE: tl.constexpr):
+    a = tl.load(high_ptr + at, mask=here, other=0.0)
+    low = tl.zeros_like(a)
+    if WIDE:
+        low = tl.load(low_ptr + at, mask=here, other=0.0)
+    return a, low
+
+
+@triton.jit
+def _apex_sums(
+    high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, weight_ptr, apex, i, n,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums over k of w_k g r_k, w_k g cos and w_k h at one apex, by row i."""
+    row, here_i = apex * n, i < n
+    a_i, low_i, r_i = _row_of(high_s_ptr, low_s_ptr, r_s_ptr, row + i, here_i, WIDE)
+    b_i, below_i, q_i = _row_of(high_t_ptr, low_t_ptr, r_t_ptr, row + i, here_i, WIDE)
+    sum_r = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_cos = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_h = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, n, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        here_k = k < n
+        here = here_i[:, None] & here_k[None, :]
+        at = i[:, None] * n + k[None, :]
+        a_k, low_k, r_k = _row_of(high_s_ptr, low_s_ptr, r_s_ptr, row + k, here_k, WIDE)
+        b_k, below_k, q_k = _row_of(high_t_ptr, low_t_ptr, r_t_ptr, row + k, here_k, WIDE)
+        a_ik, low_ik = _tile_of(high_s_ptr, low_s_ptr, at, here, WIDE)
+        b_ik, below_ik = _tile_of(high_t_ptr, low_t_ptr, at, here, WIDE)
+        cos = _cosine(a_ik, low_ik, a_i[:, None], low_i[:, None], a_k[None, :], low_k[None, :], r_i[:, None],
+                      r_k[None, :], WIDE)  # fmt: skip
+        target = _cosine(b_ik, below_ik, b_i[:, None], below_i[:, None], b_k[None, :], below_k[None, :], q_i[:, None],
+                         q_k[None, :], WIDE)  # fmt: skip
+        e = cos - target
+        g = _huber_slope(e)
+        h = _huber(e, g)
+        if weight_ptr is not None:
+            w_k = tl.load(weight_ptr + k, mask=here_k, other=0.0)[None, :]
+            g *= w_k
+            h *= w_k
+        sum_h += h
+        sum_r = tl.fma(g, tl.broadcast_to(r_k[None, :], [ROWS, COLUMNS]), sum_r)
+        sum_cos = tl.fma(g, cos, sum_cos)
+    return tl.sum(sum_r, axis=1), tl.sum(sum_cos, axis=1), tl.sum(sum_h, axis=1), a_i, r_i
+
+
+@triton.jit
+def _apex_kernel(
+    grad_ptr, loss_ptr, high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, wide_ptr, weight_ptr,
+    apexes_ptr, factor_ptr, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Row ``apex`` of the gradient with respect to the distances from it, and the loss of its angles, by block of i."""
+    apex = tl.program_id(0).to(tl.int64)
+    place = apex
+    if apexes_ptr is not None:
+        apex = tl.load(apexes_ptr + apex)
+    i = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = i < n
+    if tl.load(wide_ptr + apex) != 0:
+        sum_r, sum_cos, sum_h, a, r = _apex_sums(
+            high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, weight_ptr, apex, i, n, ROWS, COLUMNS, True
+        )
+    else:
+        sum_r, sum_cos, sum_h, a, r = _apex_sums(
+            high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, weight_ptr, apex, i, n, ROWS, COLUMNS, False
+        )
+    w = _weights(weight_ptr, apex, apex < n) * _weights(weight_ptr, i, here)
+    tl.store(loss_ptr + place * tl.num_programs(1) + tl.program_id(1), tl.sum(w * sum_h, axis=0))
+    if grad_ptr is not None:
+        bent = tl.where(2.0 * a < SMALLEST_NORM * SMALLEST_NORM, 0.0, r)  # at the limit r is constant
+        g = w * (r * sum_r - bent * (bent * sum_cos)) * (2.0 * tl.load(factor_ptr))
+        tl.store(grad_ptr + apex * n + i, g, mask=here)
+
+
+@triton.jit
+def _pair_term(
+    high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, weight_ptr, apex, a_ik, b_ik, i, k, n,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """w_j g r_i r_k at one apex."""
+    row, here_i, here_k = apex * n, i < n, k < n
+    a_i, low_i, r_i = _row_of(high_s_ptr, low_s_ptr, r_s_ptr, row + i, here_i, WIDE)
+    b_i, below_i, q_i = _row_of(high_t_ptr, low_t_ptr, r_t_ptr, row + i, here_i, WIDE)
+    a_k, low_k, r_k = _row_of(high_s_ptr, low_s_ptr, r_s_ptr, row + k, here_k, WIDE)
+    b_k, below_k, q_k = _row_of(high_t_ptr, low_t_ptr, r_t_ptr, row + k, here_k, WIDE)
+    low_ik = a_ik
+    below_ik = b_ik
+    if WIDE:
+        at = i[:, None] * n + k[None, :]
+        here = here_i[:, None] & here_k[None, :]
+        low_ik = tl.load(low_s_ptr + at, mask=here, other=0.0)
+        below_ik = tl.load(low_t_ptr + at, mask=here, other=0.0)
+    cos = _cosine(a_ik, low_ik, a_i[:, None], low_i[:, None], a_k[None, :], low_k[None, :], r_i[:, None],
+                  r_k[None, :], WIDE)  # fmt: skip
+    target = _cosine(b_ik, below_ik, b_i[:, None], below_i[:, None], b_k[None, :], below_k[None, :], q_i[:, None],
+                     q_k[None, :], WIDE)  # fmt: skip
+    g = _huber_slope(cos - target)
+    if weight_ptr is not None:
+        g *= tl.load(weight_ptr + apex)
+    return (g * r_i[:, None]) * r_k[None, :]
+
+
+@triton.jit
+def _pair_kernel(
+    grad_ptr, from_apex_ptr, high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, wide_ptr, weight_ptr,
+    apexes_ptr, angle_ptr, total_s_ptr, total_t_ptr, kept_ptr, keep_ptr, distance_ptr, slope_ptr, n, apexes,
+    BLOCK: tl.constexpr, ANGLE: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """Tile (i, k), i <= k, of the whole gradient with respect to the half squared distances, and its mirror image."""
+    if tl.program_id(0) > tl.program_id(1):
+        return
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = (i[:, None] < n) & (k[None, :] < n)
+    at, mirrored = i[:, None] * n + k[None, :], k[None, :] * n + i[:, None]
+    a_ik = tl.load(high_s_ptr + at, mask=here, other=0.0)
+    b_ik = tl.load(high_t_ptr + at, mask=here, other=0.0)
+    w = _weights(weight_ptr, i, i < n)[:, None] * _weights(weight_ptr, k, k < n)[None, :]
+    grad = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if ANGLE:
+        zero = tl.program_id(0).to(tl.int64) * 0  # the loop counts in 32 bits, rows are addressed in 64
+        for m in range(apexes):
+            apex = zero + m
+            if apexes_ptr is not None:
+                apex = tl.load(apexes_ptr + apex)
+            if tl.load(wide_ptr + apex) != 0:
+                grad += _pair_term(
+                    high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, weight_ptr, apex, a_ik, b_ik, i, k,
+                    n, True,
+                )  # fmt: skip
+            else:
+                grad += _pair_term(
+                    high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, weight_ptr, apex, a_ik, b_ik, i, k,
+                    n, False,
+                )  # fmt: skip
+        grad *= w * (-2.0 * tl.load(angle_ptr))
+        grad += tl.load(from_apex_ptr + at, mask=here, other=0.0)
+        grad += tl.load(from_apex_ptr + mirrored, mask=here, other=0.0)
+    if DISTANCE:
+        kept = tl.load(kept_ptr)
+        inverse_s = _inverse_mean(tl.load(total_s_ptr), kept)
+        _, e = _relative(a_ik, b_ik, inverse_s, _inverse_mean(tl.load(total_t_ptr), kept))
+        share = (tl.load(slope_ptr) / tl.maximum(kept * (kept - 1.0), 1.0)).to(tl.float32)
+        counted = _kept(keep_ptr, i, i < n)[:, None] & _kept(keep_ptr, k, k < n)[None, :]
+        d = tl.sqrt(2.0 * a_ik)
+        inverse = tl.where(d == 0, 0.0, 1.0 / tl.where(d == 0, 1.0, d))
+        term = (w * _huber_slope(e) - share) * (2.0 * inverse_s * tl.load(distance_ptr)) * inverse
+        grad += tl.where(counted, term, 0.0)
+    tl.store(grad_ptr + at, grad, mask=here)
+    # A tile on the diagonal has both orders of its pairs already, and not to the same bit.
+    tl.store(grad_ptr + mirrored, grad, mask=here & (tl.program_id(0) != tl.program_id(1)))
+
+
+# Reads the gradient of the pairs once for each block of features. N^2 D differences and FMAs.
+@triton.jit
+def _pull_kernel(out_ptr, grad_ptr, x_ptr, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """out_i = sum_k grad_ik (x_i - x_k), of x (n, d); grad is symmetric, so its row k is read."""
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    features = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    here = (i[:, None] < n) & (features[None, :] < d)
+    at = i[:, None] * d + features[None, :]
+    x_i = tl.load(x_ptr + at, mask=here, other=0.0)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for _ in range(n):
+        g = tl.load(grad_ptr + i, mask=i < n, other=0.0)
+        x_k = tl.load(x_ptr + features, mask=features < d, other=0.0)
+        grad_ptr += n
+        x_ptr += d
+        total = tl.fma(tl.broadcast_to(g[:, None], [ROWS, WIDTH]), x_i - x_k[None, :], total)
+    tl.store(out_ptr + at, total, mask=here)
+
+
+@triton.jit
+def _steps(x_ptr, row, here, columns, d):
+    """x[1] - x[0] and x[2] - x[0] of the three positions from ``row`` on, a block of features; 0 unless ``here``."""
+    present = here & (columns < d)
+    x = tl.load(x_ptr + row * d + columns, mask=present, other=0.0).to(tl.float32)
+    u = tl.load(x_ptr + (row + 1) * d + columns, mask=present, other=0.0).to(tl.float32) - x
+    v = tl.load(x_ptr + (row + 2) * d + columns, mask=present, other=0.0).to(tl.float32) - x
+    return u, v
+
+
+# Reads three rows twice, the second time from cache.
+@triton.jit
+def _turns_kernel(norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, x_ptr, counts_ptr, d, WIDTH: tl.constexpr):
+    """|u|, |v|, and |u/|u| - v/|v||^2, |u/|u| + v/|v||^2 of the angle at one position; norms are 0 unless it counts."""
+    row = tl.program_id(0).to(tl.int64)
+    here = tl.load(counts_ptr + row) != 0
+    squared_u = tl.zeros([WIDTH], tl.float32)
+    squared_v = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, d, WIDTH):
+        u, v = _steps(x_ptr, row, here, start + tl.arange(0, WIDTH), d)
+        squared_u += u * u
+        squared_v += v * v
+    norm_u = tl.sqrt(tl.sum(squared_u, axis=0))
+    norm_v = tl.sqrt(tl.sum(squared_v, axis=0))
+    over_u = tl.where(norm_u < SMALLEST_NORM, SMALLEST_NORM, norm_u)
+    over_v = tl.where(norm_v < SMALLEST_NORM, SMALLEST_NORM, norm_v)
+    apart = tl.zeros([WIDTH], tl.float32)
+    along = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, d, WIDTH):
+        u, v = _steps(x_ptr, row, here, start + tl.arange(0, WIDTH), d)
+        # Divided, not multiplied with an inverse: on a line both are exactly equal or opposite then.
+        u = tl.div_rn(u, tl.broadcast_to(over_u, u.shape))
+        v = tl.div_rn(v, tl.broadcast_to(over_v, v.shape))
+        apart += (u - v) * (u - v)
+        along += (u + v) * (u + v)
+    tl.store(norm_u_ptr + row, norm_u)
+    tl.store(norm_v_ptr + row, norm_v)
+    tl.store(apart_ptr + row, tl.sum(apart, axis=0))
+    tl.store(along_ptr + row, tl.sum(along, axis=0))
+
+
+@triton.jit
+def _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr):
+    """What the angle at ``row`` sends to its second and its third position: csrc/math/turn.h."""
+    here = row >= 0
+    here = here & (tl.load(counts_ptr + row, mask=here, other=0) != 0)
+    u, v = _steps(x_ptr, row, here, columns, d)
+    over_u = tl.load(norm_u_ptr + row, mask=here, other=1.0)
+    over_v = tl.load(norm_v_ptr + row, mask=here, other=1.0)
+    u = tl.div_rn(u, tl.broadcast_to(over_u, u.shape))
+    v = tl.div_rn(v, tl.broadcast_to(over_v, v.shape))
+    off = (u - v) * tl.load(apart_ptr + row, mask=here, other=0.0)
+    along = (u + v) * tl.load(along_ptr + row, mask=here, other=0.0)
+    return (off - along) / over_u, (-off - along) / over_v
+
+
+# Reads five rows, four of them from cache, and writes one.
+@triton.jit
+def _turn_gradient_kernel(
+    out_ptr, x_ptr, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr, d, WIDTH: tl.constexpr
+):  # fmt: skip
+    """The gradient of one position: first in an angle, second in the one before, third in the one before that."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    u, v = _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
+    total = -(u + v)
+    u, v = _turn_gradient(x_ptr, row - 1, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
+    total += u
+    u, v = _turn_gradient(x_ptr, row - 2, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
+    tl.store(out_ptr + row * d + columns, total + v, mask=columns < d)
+
+
+# Tiles, unmeasured: 16 elements a thread, whose sums and operands fit in 128 registers.
+DISTANCE_BLOCK, ROW_BLOCK = 64, 1024
+APEX_ROWS, APEX_COLUMNS = 32, 64
+PAIR_BLOCK = 32
+PULL_ROWS, PULL_WIDTH = 32, 64
+TURN_WIDTH = 512
+OPTIONS: dict[str, dict[str, Any]] = {
+    "_distances_kernel": {"num_warps": 8},
+    "_rows_kernel": {"num_warps": 4},
+    "_distance_loss_kernel": {"num_warps": 4},
+    "_apex_kernel": {"num_warps": 4},
+    "_pair_kernel": {"num_warps": 4},
+    "_pull_kernel": {"num_warps": 4},
+    "_turns_kernel": {"num_warps": 4},
+    "_turn_gradient_kernel": {"num_warps": 4},
+}
+# Sums of a difference and what it lost are the point of the wide cosines; tl.fma stands where one is wanted.
+FUSION = {"enable_fp_fusion": False}
+
+
+def rkd(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    apexes: Tensor | None,
+    distance_weight: float,
+    angle_weight: float,
+    mean: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.kdfast.rkd``: the loss, and its gradient for grad_output 1, empty unless ``needs_grad``."""
+    if student.dtype == torch.float64:
+        raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
+    n, device = student.shape[0], student.device
+    grad = torch.zeros(student.shape if needs_grad else (0,), dtype=torch.float32, device=device)
+    if n == 0:
+        return grad.new_zeros(()), grad
+    x_student, x_teacher = (_rows(x, mask) for x in (student, teacher))
+    keep = None if mask is None else mask.contiguous().view(torch.uint8)
+    weight = None if row_weight is None else row_weight.float()
+    if mask is not None:
+        weight = mask.float() if weight is None else weight.masked_fill(~mask, 0.0)
+    kept = torch.full((), float(n), dtype=torch.float64, device=device) if mask is None else mask.sum().double()
+
+    with torch.cuda.device_of(student):
+        of_student, of_teacher = _pairs(x_student), _pairs(x_teacher)
+        sums = torch.empty(2, n, dtype=torch.float32, device=device)
+        wide = torch.empty(n, dtype=torch.int32, device=device)
+        _launch(
+            _rows_kernel, (n,), sums[0], sums[1], wide, of_student[0], of_student[2], of_teacher[0], of_teacher[2],
+            keep, n, BLOCK=ROW_BLOCK,
+        )  # fmt: skip
+        matrices = (*of_student, *of_teacher)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        chosen = n if apexes is None else apexes.numel()
+        from_apex = torch.zeros(n, n, dtype=torch.float32, device=device) if needs_grad and angle_weight != 0 else None
+        angle = torch.zeros((), dtype=torch.float32, device=device)
+        if angle_weight != 0:
+            count = kept if apexes is None else (kept.new_tensor(chosen) if mask is None else mask[apexes].sum())
+            count = count.double().clamp(min=1)
+            angle = angle_weight / (count * kept.square().clamp(min=1)) if mean else angle_weight * kept / count
+            blocks = triton.cdiv(n, APEX_ROWS)
+            losses = torch.empty(chosen, blocks, dtype=torch.float32, device=device)
+            _launch(
+                _apex_kernel, (chosen, blocks), from_apex, losses, *matrices, wide, weight, apexes, angle.float(), n,
+                ROWS=APEX_ROWS, COLUMNS=APEX_COLUMNS,
+            )  # fmt: skip
+            loss += angle * losses.sum(dtype=torch.float64)
+        totals = sums.sum(dim=1, dtype=torch.float64)
+        distance, slope = kept.new_zeros(()), kept.new_zeros(())
+        if distance_weight != 0:
+            distance = distance_weight / kept.square().clamp(min=1) if mean else kept.new_tensor(distance_weight)
+            rows = torch.empty(2, n, dtype=torch.float32, device=device)
+            _launch(
+                _distance_loss_kernel, (n,), rows[0], rows[1], of_student[0], of_teacher[0], totals[0:], totals[1:],
+                kept, weight, n, BLOCK=ROW_BLOCK,
+            )  # fmt: skip
+            values, slopes = rows.sum(dim=1, dtype=torch.float64)
+            loss, slope = loss + distance * values, slopes
+        if needs_grad:
+            pairs = torch.empty(n, n, dtype=torch.float32, device=device)
+            blocks = triton.cdiv(n, PAIR_BLOCK)
+            _launch(
+                _pair_kernel, (blocks, blocks), pairs, from_apex, *matrices, wide, weight, apexes, angle.float(),
+                totals[0:], totals[1:], kept, keep, distance.float(), slope, n, chosen,
+                BLOCK=PAIR_BLOCK, ANGLE=angle_weight != 0, DISTANCE=distance_weight != 0,
+            )  # fmt: skip
+            d = x_student.shape[1]
+            if d > 0:
+                grid = (triton.cdiv(n, PULL_ROWS), triton.cdiv(d, PULL_WIDTH))
+                _launch(_pull_kernel, grid, grad, pairs, x_student, n, d, ROWS=PULL_ROWS, WIDTH=PULL_WIDTH)
+    return loss.float(), grad
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
+    kernel[grid](*arguments, **constants, **OPTIONS[kernel.fn.__name__], **FUSION)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, D) float32, contiguous, rows that do not count at 0."""
+    x = x.float()
+    return (x if mask is None else x.masked_fill(~mask.unsqueeze(1), 0.0)).contiguous()
+
+
+def _pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """high, low and r of all pairs of rows."""
+    n, d = x.shape
+    high, low, r = (torch.empty(n, n, dtype=torch.float32, device=x.device) for _ in range(3))
+    blocks = triton.cdiv(n, DISTANCE_BLOCK)
+    transposed = x.t().contiguous()
+    _launch(_distances_kernel, (blocks, blocks), high, low, r, transposed, n, d, BLOCK=DISTANCE_BLOCK)
+    return high, low, r
+
+
+def rkd_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """``torch.ops.kdfast.rkd_sequence``: the loss, and its gradient for grad_output 1, empty unless ``needs_grad``."""
+    if student.dtype == torch.float64:
+        raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
+    n, length, d = student.shape
+    grad = torch.zeros(student.shape if needs_grad else (0,), dtype=torch.float32, device=student.device)
+    if n == 0:
+        return grad.new_zeros(()), grad
+    student, teacher = student.contiguous(), teacher.contiguous()
+    counts = torch.zeros(n, length, dtype=torch.bool, device=student.device)
+    counts[:, :-2] = True if mask is None else mask[:, :-2] & mask[:, 1:-1] & mask[:, 2:]
+
+    with torch.cuda.device_of(student):
+        of_student, of_teacher = (_turns(x, counts) for x in (student, teacher))
+        # A number for each position from here on: the features are read and written by kernels alone.
+        (theta, apart, along), (target, _, _) = (_turn(*of) for of in (of_student, of_teacher))
+        off = torch.where(counts, theta - target, 0.0)
+        count = counts.sum().clamp(min=1)
+        loss = off.square().sum(dtype=torch.float64) / count
+        if needs_grad and d > 0:
+            slope = 2 * off / count
+            norm_u, norm_v = (norm.clamp(min=SMALLEST_NORM.value) for norm in of_student[:2])
+            width = min(TURN_WIDTH, triton.next_power_of_2(d))
+            _launch(
+                _turn_gradient_kernel, (n * length, triton.cdiv(d, width)), grad, student, norm_u, norm_v,
+                slope * apart, slope * along, counts.view(torch.uint8), d, WIDTH=width,
+            )  # fmt: skip
+    return loss.float(), grad
+
+
+def _turns(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What _turns_kernel makes, (N, L) each."""
+    d = x.shape[-1]
+    out = torch.empty(4, *counts.shape, dtype=torch.float32, device=x.device)
+    width = min(TURN_WIDTH, triton.next_power_of_2(max(d, 1)))
+    _launch(_turns_kernel, (counts.numel(),), *out, x, counts.view(torch.uint8), d, WIDTH=width)
+    return out[0], out[1], out[2], out[3]
+
+
+def _turn(norm_u: Tensor, norm_v: Tensor, apart: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The angle, and a and b of csrc/math/turn.h; a right angle with zero gradient where a step is 0."""
+    p, q, total = apart.sqrt(), along.sqrt(), apart + along
+    still = (norm_u == 0) | (norm_v == 0)
+    theta = torch.where(still, math.pi / 2, 2 * torch.atan2(p, q))
+    a, b = (torch.where(still | (x == 0), 0.0, 2 * y / (x * total)) for x, y in ((p, q), (q, p)))
+    return theta, a, b

@@ -1,0 +1,225 @@
+"""The Triton kernels of rkd on the CPU, interpreted. Run by test_rkd_triton.py in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdfast import reference
+from kdfast.ops.rkd import triton_kernels
+
+assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
+
+WEIGHTS = {"distance": (1.0, 0.0), "angle": (0.0, 1.0), "both": (25.0, 50.0)}
+weights = pytest.mark.parametrize("weights", WEIGHTS)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """So that a few rows are several tiles, and tiles are cut by the edge."""
+    sizes = {
+        "DISTANCE_BLOCK": 8,
+        "ROW_BLOCK": 16,
+        "APEX_ROWS": 8,
+        "APEX_COLUMNS": 4,
+        "PAIR_BLOCK": 8,
+        "PULL_ROWS": 4,
+        "PULL_WIDTH": 8,
+    }
+    for name, size in sizes.items():
+        monkeypatch.setattr(triton_kernels, name, size)
+
+
+def features(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pair(n: int, d: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return features(n, d, seed=n).to(dtype), features(n, d + 2, seed=n + 1).to(dtype)
+
+
+def two_scales(n: int, d: int) -> Tensor:
+    x = features(n, d, seed=3)
+    x[: n // 2] *= 1e-3
+    return x
+
+
+def launch(student: Tensor, teacher: Tensor, names: str, **options: Any) -> tuple[Tensor, Tensor]:
+    arguments = [options.get(name) for name in ("mask", "row_weight", "apexes")]
+    mean, needs_grad = options.get("mean", True), options.get("needs_grad", True)
+    with np.errstate(all="ignore"):
+        return triton_kernels.rkd(student, teacher, *arguments, *WEIGHTS[names], mean, needs_grad)
+
+
+def truth_of(student: Tensor, teacher: Tensor, names: str, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = student.double().clone().requires_grad_()
+    rows = {name: options.get(name) for name in ("mask", "row_weight")}
+    rows["reduction"] = "mean" if options.get("mean", True) else "sum"
+    of_distance, of_angle = WEIGHTS[names]
+    loss = of_distance * reference.rkd_distance_loss(leaf, teacher.double(), **rows)
+    loss = loss + of_angle * reference.relations.angle_loss(leaf, teacher.double(), options.get("apexes"), **rows)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def check(student: Tensor, teacher: Tensor, names: str, **options: Any) -> None:
+    """A few roundings of float32, relative to the value and to the largest gradient."""
+    before = student.clone(), teacher.clone()
+    value, gradient = launch(student, teacher, names, **options)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+    expected = truth_of(student, teacher, names, **options)
+    assert value.dtype == gradient.dtype == torch.float32 and gradient.shape == student.shape
+    assert abs(value - expected[0]) <= 2e-6 * max(abs(expected[0]), 1e-6)
+    largest = float(expected[1].abs().max())
+    assert (gradient - expected[1]).abs().max() <= 4e-6 * max(largest, 1e-6), (
+        gradient - expected[1]
+    ).abs().max() / largest
+
+
+@weights
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_any_number_of_rows(n, weights):
+    check(*pair(n), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_widened(dtype):
+    check(*pair(5, dtype=dtype), "both")
+
+
+@weights
+@pytest.mark.parametrize("mean", [True, False])
+def test_masks_weights_and_sums(mean, weights):
+    student, teacher = pair(10)
+    mask = torch.arange(10) % 4 != 1
+    weight = torch.rand(10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    for options in ({}, {"mask": mask}, {"row_weight": weight}, {"mask": mask, "row_weight": weight}):
+        check(student, teacher, weights, mean=mean, **options)
+
+
+@weights
+def test_rows_that_do_not_count_reach_nothing(weights):
+    student, teacher = pair(9)
+    mask = torch.arange(9) % 3 != 1
+    clean = launch(student, teacher, weights, mask=mask)
+    student[~mask], teacher[~mask] = math.nan, math.inf
+    value, gradient = launch(student, teacher, weights, mask=mask)
+    assert torch.equal(value, clean[0]) and torch.equal(gradient, clean[1])
+    assert (gradient[~mask] == 0).all()
+    value, gradient = launch(student, teacher, weights, mask=torch.zeros(9, dtype=torch.bool))
+    assert value == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(10) % 4 != 1], ids=["all", "masked"])
+def test_chosen_apexes(mask):
+    check(*pair(10), "both", apexes=torch.tensor([2, 9, 5, 7]), mask=mask)
+    check(*pair(10), "angle", apexes=torch.tensor([8, 1]), mask=mask, mean=False)
+
+
+HARD = {
+    "a cluster at 1e3": 1e3 + 1e-2 * features(10, 3),
+    "a cluster at 100": 100 + 1e-3 * features(10, 3),
+    "two scales": two_scales(10, 3),
+    "duplicates": features(10, 3)[torch.arange(10) % 5],
+    "in the plane": features(10, 2),
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_data(case):
+    student = HARD[case].float()
+    check(student, features(10, 4, seed=1).float(), "both")
+    check(features(10, 4, seed=1).float(), student, "angle")
+
+
+def test_both_kinds_of_cosines_are_reached():
+    with np.errstate(all="ignore"):
+        for x, expected in ((two_scales(10, 3), True), (features(10, 100), False)):
+            of = triton_kernels._pairs(x.float())
+            sums, wide = torch.empty(2, 10), torch.empty(10, dtype=torch.int32)
+            triton_kernels._launch(
+                triton_kernels._rows_kernel,
+                (10,),
+                sums[0],
+                sums[1],
+                wide,
+                of[0],
+                of[2],
+                of[0],
+                of[2],
+                None,
+                10,
+                BLOCK=16,
+            )
+            assert wide.bool().any() == expected
+            torch.testing.assert_close(
+                sums[0].double(), torch.cdist(x.float(), x.float()).double().sum(1), rtol=1e-5, atol=0
+            )
+
+
+@weights
+def test_identical_sides_lose_exactly_nothing(weights):
+    for x in (features(9, 6).float(), two_scales(9, 6).float()):
+        value, gradient = launch(x, x.clone(), weights)
+        assert value == 0 and (gradient == 0).all()
+
+
+@weights
+def test_a_nan_is_seen_by_every_row(weights):
+    for side in (0, 1):
+        inputs = pair(9)
+        inputs[side][3, 2] = math.nan
+        value, gradient = launch(*inputs, weights)
+        assert value.isnan() and gradient.isnan().all()
+
+
+@weights
+def test_without_a_gradient_the_loss_is_the_same(weights):
+    value, gradient = launch(*pair(9), weights, needs_grad=False)
+    assert gradient.shape == (0,) and torch.equal(value, launch(*pair(9), weights)[0])
+
+
+def test_no_rows_and_no_width():
+    value, gradient = launch(torch.zeros(0, 3), torch.zeros(0, 3), "both")
+    assert value == 0 and gradient.shape == (0, 3)
+    value, gradient = launch(torch.zeros(4, 0), torch.zeros(4, 0), "both")
+    assert value == 0 and gradient.shape == (4, 0)
+
+
+SEQUENCE_MASK = torch.tensor([[True] * 5 + [False], [True, True, False, True, True, True]])
+
+
+def check_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+    with np.errstate(all="ignore"):
+        value, gradient = triton_kernels.rkd_sequence(student, teacher, mask, True)
+    leaf = student.double().requires_grad_()
+    expected = reference.rkd_sequence_angle_loss(leaf, teacher.double(), mask=mask)
+    expected.backward()
+    assert value.dtype == gradient.dtype == torch.float32 and gradient.shape == student.shape
+    assert abs(value - expected) <= 2e-6 * max(float(expected), 1e-6)
+    assert (gradient - leaf.grad).abs().max() <= 4e-6 * max(float(leaf.grad.abs().max()), 1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, SEQUENCE_MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sequences(monkeypatch, dtype, mask):
+    monkeypatch.setattr(triton_kernels, "TURN_WIDTH", 4)  # several blocks a row
+    student, teacher = features(2, 6, 5, seed=1).to(dtype), features(2, 6, 7, seed=2).to(dtype)
+    student[1, 4] = student[1, 3]  # a step of 0
+    check_sequence(student, teacher, mask)
+    if mask is not None:
+        clean = triton_kernels.rkd_sequence(student, teacher, mask, True)
+        student[~mask] = math.nan
+        dirty = triton_kernels.rkd_sequence(student, teacher, mask, True)
+        assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+
+
+def test_straight_sequences_have_gradient_zero():
+    line = torch.arange(6.0)[None, :, None] * torch.tensor([1.0, 2.0, -3.0])
+    value, gradient = triton_kernels.rkd_sequence(line, features(1, 6, 3).float(), None, True)
+    assert value > 0 and (gradient == 0).all()
