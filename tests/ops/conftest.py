@@ -97,4 +97,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 "outcomes": {file: sorted(seen) for file, seen in outcomes.items()},
             }
             Path(os.environ["KDFAST_RECORD"]).write_text(json.dumps(record))
+
     InterpreterBuilder.create_dot = dot_of_any_type
