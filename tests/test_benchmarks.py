@@ -18,6 +18,7 @@ import kdfast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import graph  # noqa: E402
 import harness  # noqa: E402
 import kl  # noqa: E402
 import readme_tables  # noqa: E402
@@ -63,6 +64,15 @@ def test_every_loss_of_kl_agrees_with_its_reference(name):
     case = kl.case(name, *kl.LOSSES[name], (6, 50), harness.Options(CPU, torch.float32))
     kept = {label: run for label, run in case.candidates.items() if "compiled" not in label}
     assert {"kdfast", "eager reference"} <= kept.keys()
+    assert harness.check(dataclasses.replace(case, candidates=kept)) == {}
+
+
+@pytest.mark.parametrize("build", [graph.graph_case, graph.loss_case])
+def test_the_candidates_of_graph_agree_with_the_truth(build):
+    case = build((200, 16), harness.Options(CPU, torch.float32))
+    slow = ("compiled", "KeOps")  # they need a compiler
+    kept = {name: run for name, run in case.candidates.items() if name not in slow}
+    assert {"kdfast", "eager"} <= kept.keys()
     assert harness.check(dataclasses.replace(case, candidates=kept)) == {}
 
 
