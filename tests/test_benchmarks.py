@@ -18,10 +18,12 @@ import kdfast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import features  # noqa: E402
 import graph  # noqa: E402
 import harness  # noqa: E402
 import kl  # noqa: E402
 import readme_tables  # noqa: E402
+import relation  # noqa: E402
 import rkd  # noqa: E402
 import rkd_plot  # noqa: E402
 import tables  # noqa: E402
@@ -117,6 +119,23 @@ def test_the_environment_says_where_and_what_was_measured():
     assert {"commit", "dirty", "transparent_hugepage", "gpu", "driver", "cuda"} <= env.keys()
     assert harness.machine({**env, "gpu": "NVIDIA H200"}) == "nvidia-h200"
     assert harness.machine({**env, "threads": 4, "cpu_level": "avx2"}) == "cpu-4core-avx2"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "shape"),
+    [
+        *((relation, name, shape) for name in relation.LOSSES for shape in ((40, 30), (150, 4))),
+        *((features, name, (3, 4, 6, 6)) for name in features.LOSSES),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else str(value),
+)
+def test_every_candidate_of_relation_and_features_agrees_with_its_reference(module, name, shape):
+    case = module.case(name, *module.LOSSES[name], shape, harness.Options(CPU, torch.float32))
+    kept = {label: run for label, run in case.candidates.items() if "compiled" not in label}
+    assert {"kdfast", "eager reference"} <= kept.keys()
+    assert harness.check(dataclasses.replace(case, candidates=kept)) == {}
+    for floor in case.floors.values():
+        floor()
 
 
 def test_ratios_are_against_the_fastest_way_to_write_each_baseline():

@@ -25,6 +25,8 @@ def on_the_cpu_too(self: torch.library.Library, name: Any, function: Any, key: s
 
 torch.library.Library.impl = on_the_cpu_too
 
+from kernels import OPS  # noqa: E402
+
 from kdfast import backends  # noqa: E402
 
 asked: set[str] = set()  # ops that functions wanted to run
@@ -32,7 +34,7 @@ asked: set[str] = set()  # ops that functions wanted to run
 
 def as_on_a_gpu(op: str, tensor: Tensor) -> str:
     asked.add(op)
-    able = backends.TRITON in backends.KERNELS.get(op, ()) and tensor.dtype != torch.float64
+    able = op in OPS and tensor.dtype != torch.float64
     return backends.TRITON if able else backends.REFERENCE
 
 

@@ -157,18 +157,19 @@ def _pool_kernel(map_ptr, pooled_ptr, H, W, h, w, ROWS, COLUMNS, BLOCK: tl.const
     tl.store(pooled_ptr + plane * h * w + bin, total / area, mask=bin < h * w)
 
 
-# Its gradient: a pixel gathers from the bins that hold it, at most three by three around its own.
+# Its gradient: a pixel gathers from the bins that hold it: that of its share of the height and, where bins overlap, the
+# next one; likewise across.
 @triton.jit
 def _pool_grad_kernel(pooled_ptr, grad_ptr, H, W, h, w, BLOCK: tl.constexpr):
     plane = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, column = pixel // W, pixel % W
     total = tl.zeros([BLOCK], tl.float32)
-    for dy in tl.static_range(-1, 2):
+    for dy in tl.static_range(0, 2):
         y = (row * h) // H + dy
         top, bottom = (y * H) // h, ((y + 1) * H + h - 1) // h
         in_rows = (y >= 0) & (y < h) & (row >= top) & (row < bottom)
-        for dx in tl.static_range(-1, 2):
+        for dx in tl.static_range(0, 2):
             x = (column * w) // W + dx
             left, right = (x * W) // w, ((x + 1) * W + w - 1) // w
             inside = (pixel < H * W) & in_rows & (x >= 0) & (x < w) & (column >= left) & (column < right)

@@ -67,7 +67,7 @@ def _pkt_kernel(
     student_factor_ptr, teacher_factor_ptr, student_inverse_sum_ptr, teacher_inverse_sum_ptr,  # (columns)
     loss_ptr,  # float32, one a program
     row_sums_ptr,  # float32 (programs over columns, rows)
-    column_sums_ptr,  # float32 (programs over rows, columns); 0 right of `first`
+    column_sums_ptr,  # float32 (programs over rows, columns); not used right of `first`
     rows, columns, first,
     eps, scale,
     ROWS: tl.constexpr,
@@ -96,7 +96,7 @@ def _pkt_kernel(
     loss = tl.where(inside, loss, 0.0) + tl.where(inside & mirrored, mirror_loss, 0.0)
     tl.store(
         column_sums_ptr + tl.program_id(0).to(tl.int64) * columns + column,
-        tl.sum(tl.where(inside & mirrored, mirror_along, 0.0), axis=0),
+        tl.sum(tl.where(inside, mirror_along, 0.0), axis=0),
         mask=in_columns,
     )
     tl.store(loss_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
