@@ -44,7 +44,7 @@ Step = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 ALLOCATORS = {"default": None, "huge pages": "1"}  # name -> value of that variable
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
-SAMPLE_SECONDS = 0.001  # a sample repeats a short step this long: clock and loop then cost under 0.1 %
+SAMPLE_SECONDS = 0.01  # a sample repeats a short step this long, so that what ran before it cools nothing it needs
 L2_FLUSH_BYTES = 256 * 2**20  # larger than the cache of any GPU
 
 

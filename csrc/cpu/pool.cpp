@@ -16,7 +16,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPage = int64_t{2} << 20;  // a huge page of x86-64, and of arm64 with pages of 4 KiB
+constexpr int64_t kHugePage = int64_t{2} << 20;  // of x86-64, and of arm64 with pages of 4 KiB
 
 struct Block {
   void* data;
@@ -24,10 +24,11 @@ struct Block {
 };
 
 Block fresh(int64_t bytes) {
-  const Block block{std::aligned_alloc(kPage, bytes), bytes};
+  const bool huge = bytes >= kHugePage;
+  const Block block{std::aligned_alloc(huge ? kHugePage : kPoolSmallest, bytes), bytes};
   STD_TORCH_CHECK(block.data != nullptr, "kdfast: no memory for a gradient of ", bytes, " bytes");
 #if defined(__linux__)
-  madvise(block.data, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
+  if (huge) madvise(block.data, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
 #endif
   return block;
 }
@@ -36,7 +37,8 @@ class Pool {
  public:
   // The smallest block that is large enough, and not twice as large; else a fresh one.
   Block take(int64_t bytes) {
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+    const int64_t unit = bytes < kHugePage ? kPoolSmallest : kHugePage;
+    bytes = (bytes + unit - 1) / unit * unit;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       size_t best = blocks_.size();

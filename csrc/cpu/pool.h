@@ -13,7 +13,7 @@
 
 namespace kdfast {
 
-constexpr int64_t kPoolSmallest = int64_t{1} << 20;  // below it malloc recycles by itself
+constexpr int64_t kPoolSmallest = int64_t{1} << 17;  // below it malloc recycles by itself; from it on it may map pages
 constexpr int64_t kPoolLimit = int64_t{2} << 30;     // a step holds one gradient of logits: 8192 x 65536 in float32
 
 // Uninitialized and contiguous, on the CPU, from PyTorch's own allocator.

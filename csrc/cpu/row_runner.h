@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/array.h"
 #include "cpu/merge.h"
 #include "cpu/rows.h"
 #include "cpu/scalar.h"
@@ -45,7 +46,8 @@ class Workspace {
  public:
   Workspace(int64_t classes, Storage storage, int kept)
       : stats(num_blocks(classes)), coefficients(num_blocks(classes)), mixed(num_blocks(classes)),
-        moments(num_blocks(classes)), bytes_(classes * compute_size(storage)), memory_(new char[kept * bytes_]), kept_(kept) {}
+        moments(num_blocks(classes)), bytes_(whole_lines(classes * compute_size(storage))),
+        memory_(uninitialized<char>(kept * bytes_)), kept_(kept) {}
 
   Scratch scratch() const { return {part(0), part(1), part(2)}; }
 
@@ -55,10 +57,11 @@ class Workspace {
   std::vector<Moments> moments;
 
  private:
+  static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
   void* part(int i) const { return i < kept_ ? memory_.get() + i * bytes_ : nullptr; }
 
   int64_t bytes_;
-  std::unique_ptr<char[]> memory_;
+  Array<char> memory_;
   int kept_;
 };
 

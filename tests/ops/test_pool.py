@@ -13,7 +13,7 @@ from kdfast import backends
 
 pytestmark = pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 WIDTH = 8192  # 64 float32 rows are 2 MiB
 
 
@@ -82,10 +82,11 @@ def test_a_smaller_gradient_takes_a_block_of_at_most_twice_its_size():
         kdfast.empty_cache()
 
 
-def test_a_small_gradient_is_left_to_malloc():
-    small = gradient(16)
-    del small
-    assert kdfast.empty_cache() == 0
+@pytest.mark.parametrize(("rows", "kept"), [(3, 0), (4, 128 * KIB), (5, 256 * KIB), (63, 2 * MIB), (65, 4 * MIB)])
+def test_blocks_are_whole_units_and_small_gradients_are_left_to_malloc(rows, kept):
+    last = gradient(rows)
+    del last
+    assert kdfast.empty_cache() == kept
 
 
 def test_threads_take_and_give_at_once():
