@@ -33,9 +33,10 @@ template <class C> KDFAST_INLINE Vec<C> hard_exponential(Vec<C> soft, Vec<C> x, 
   return exp2_nonpositive<C>(x * C(kLog2E));
 }
 
-template <Form form, class S>
-KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, int64_t n, const Row& row, ComputeOf<S>* keep_a,
-                                     ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
+// `next_s`, `next_t`: where the next block will be read from.
+template <Form form, class S, class N>
+KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, const N* next_t, int64_t n, const Row& row,
+                                     ComputeOf<S>* keep_a, ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
   using C = ComputeOf<S>;
   const C max_s = block_max(s, n), max_t = form == Form::student ? C(0) : block_max(t, n);
   // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
@@ -43,11 +44,9 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, int64_t n, const Ro
   const C factor_t = C(row.inverse_teacher * kLog2E);
   Vec<C> sum_s{}, sum_t{}, cross{}, hard{}, logits{}, student_x{}, teacher_x{};
   each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-    if constexpr (form != Form::student) {
-      // The next block comes from memory while this one is computed.
-      __builtin_prefetch(s + i + n, 0, 2);
-      __builtin_prefetch(t + i + n, 0, 2);
-    }
+    // The next block comes from memory while this one is computed.
+    __builtin_prefetch(next_s + i, 0, 2);
+    if constexpr (form != Form::student) __builtin_prefetch(next_t + i, 0, 2);
     const Vec<C> shifted = read(extent, s, i, n, C(-kInfinity)) - max_s;
     const Vec<C> y_s = shifted * factor_s, e_s = exp2_nonpositive<C>(y_s);
     Vec<C> kept_b{};
@@ -120,9 +119,9 @@ void stats(const Row& row, int64_t first, int64_t last, BlockStats* blocks, cons
     C student_copy[kBlock], teacher_copy[kBlock];
     if (punch(s, begin, n, row.holes, row.num_holes, student_copy)) {
       if constexpr (form != Form::student) punch(t, begin, n, row.holes, row.num_holes, teacher_copy);
-      blocks[block] = block_stats<form, C>(student_copy, teacher_copy, n, row, a, b, c);
+      blocks[block] = block_stats<form, C>(student_copy, teacher_copy, s + n, t + n, n, row, a, b, c);
     } else {
-      blocks[block] = block_stats<form, S>(s, t, n, row, a, b, c);
+      blocks[block] = block_stats<form, S>(s, t, s + n, t + n, n, row, a, b, c);
     }
   }
 }

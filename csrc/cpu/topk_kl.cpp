@@ -94,10 +94,12 @@ class RowLoss {
       const double value = teacher_.value(r, i);
       if (index == kPadding || value == -INFINITY) continue;
       STD_TORCH_CHECK(index >= 0 && index < out_.classes, "kdfast::topk_kl: index ", index, " is not in [0, ", out_.classes, ")");
+      __builtin_prefetch(student_.row(r) + index * student_.element_size);  // all before the first one is waited for
       listed.classes.push_back(index);
       listed.teacher.push_back(soften ? value / o_.temperature : value);
-      listed.student.push_back(load_scalar(student_.row(r), index, out_.storage) / o_.temperature);
     }
+    for (int64_t index : listed.classes)
+      listed.student.push_back(load_scalar(student_.row(r), index, out_.storage) / o_.temperature);
     if (soften) {
       const double total = log_sum_exp(listed.teacher);
       for (double& v : listed.teacher) v -= total;
