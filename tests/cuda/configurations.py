@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samples import SAMPLES, Inputs, stored_teacher
+from samples import SAMPLES, Inputs, element_mask, normal, row_mask, stored_teacher
 
 
 class Call(NamedTuple):
@@ -31,7 +31,8 @@ class Call(NamedTuple):
         return inputs, {**sample.fixed, **self.options}
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        shown = {name: f"of {tuple(x.shape)}" if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        options = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.function} {'x'.join(map(str, (*self.leading, self.width)))} {options}"
 
 
@@ -66,5 +67,38 @@ def topk_kl() -> list[Call]:
     return [Call("topk_kl_divergence", (5,), width, options, inputs) for width in widths for options in kinds]
 
 
-CALLS: dict[str, Callable[[], list[Call]]] = {"kl": kl, "topk_kl": topk_kl}
+def features() -> list[Call]:
+    def maps(height: int, width: int, student: int, teacher: int) -> Callable[..., Inputs]:
+        """Of so many pixels, one side's larger and pooled down."""
+
+        def inputs(generator: torch.Generator, leading: tuple[int, ...], channels: int) -> Inputs:
+            return {
+                "student_maps": normal(generator, *leading, channels, student * height, student * width),
+                "teacher_maps": normal(generator, *leading, 2 * channels, teacher * height, teacher * width),
+            }
+
+        return inputs
+
+    grids = ((4, 4), (5, 5), (7, 7), (14, 14), (20, 20), (56, 56))
+    kinds: list[tuple[dict[str, Any], int, int, int]] = [
+        ({"p": 2, "normalize": True}, 64, 1, 2),
+        ({"p": 1, "normalize": False}, 40, 2, 1),
+        ({"p": 3, "normalize": True}, 40, 1, 1),
+    ]
+    calls = [
+        Call("attention_transfer_loss", (3,), channels, options, maps(*grid, student, teacher))
+        for grid, (options, channels, student, teacher) in product(grids, kinds)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for width, mask in product((64, 33), (None, row_mask, element_mask)):
+        options = {"mask": None if mask is None else mask(generator, (300,), width)}
+        calls.append(Call("feature_mse_loss", (300,), width, options))
+    return calls
+
+
+CALLS: dict[str, Callable[[], list[Call]]] = {
+    "features": features,
+    "kl": kl,
+    "topk_kl": topk_kl,
+}
 DTYPES = (torch.bfloat16, torch.float32)

@@ -31,6 +31,7 @@ def triton_ops(monkeypatch) -> None:
     for name in ("attention", "feature_mse"):
         monkeypatch.setattr(torch.ops.kdfast, name, Op(getattr(triton_kernels, name)))
     monkeypatch.setattr(triton_kernels, "TILE", 64)
+    monkeypatch.setattr(triton_kernels, "block", lambda pixels: 16)  # several a map
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,14 @@ def test_what_the_mask_drops_is_never_read():
     assert loss.isfinite() and (student.grad[~mask] == 0).all() and (student.grad[mask] != 0).all()
     loss = feature_mse(student, teacher, torch.zeros(4, dtype=torch.bool))
     assert loss == 0
+
+
+@pytest.mark.parametrize("sizes", ["a vector", "halved student"])
+def test_without_a_gradient_the_loss_is_the_same(sizes):
+    inputs = {k: v.float() for k, v in maps(*SIZES[sizes], n=2).items()}
+    kept = inputs["student_maps"].clone().requires_grad_()
+    assert torch.equal(attention(**inputs), attention(kept, inputs["teacher_maps"]))
+    student, teacher = torch.randn(5, 17), torch.randn(5, 17)
+    for mask in (None, torch.arange(5) % 2 == 0):
+        assert torch.equal(feature_mse(student, teacher, mask), feature_mse(student.requires_grad_(), teacher, mask))
+        student = student.detach()

@@ -179,18 +179,18 @@ def _pool_grad_kernel(pooled_ptr, grad_ptr, H, W, h, w, BLOCK: tl.constexpr):
 
 
 # Floor: both sides' bytes read, the gradient's written, and those of the mask. One tile a program.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # another batch size is not another kernel
 def _mse_kernel(
     student_ptr, teacher_ptr, grad_ptr,  # contiguous; grad None: no gradient
     mask_ptr,  # None, or bytes: one an element, or one a row of `width` elements
     count_ptr,  # float32: elements that count, with a mask
     loss_ptr,  # float32, one a program
-    size, width, slope,
+    rows, width, slope,
     BY_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = here < size
+    inside = here < rows.to(tl.int64) * width  # a multiple of 16 where the width is: loads are then vectors
     keep = inside
     if mask_ptr is not None:
         entry = here // width if BY_ROW else here
@@ -208,6 +208,11 @@ def tile(pixels: int) -> tuple[int, int]:
     """(channels, pixels) of a tile of a map: as many pixels as there are, up to 128, neighbours in memory."""
     wide = min(max(triton.next_power_of_2(pixels), 16), 128)
     return TILE // wide, wide
+
+
+def block(pixels: int) -> int:
+    """Pixels that _compare_kernel takes at a time: one to eight a thread."""
+    return min(max(triton.next_power_of_2(pixels), 32 * WARPS), TILE)
 
 
 def power_of(p: float) -> int:
@@ -249,7 +254,7 @@ def attention(
             )  # fmt: skip
         _compare_kernel[(n,)](
             sums[0], sums[1], losses, pixels, 1 / c, 1 / teacher.shape[1], scale, p,
-            NORMALIZE=normalize, BLOCK=min(triton.next_power_of_2(pixels), 1024), num_warps=WARPS,
+            NORMALIZE=normalize, BLOCK=block(pixels), num_warps=WARPS,
         )  # fmt: skip
         if needs_grad:
             pooled = student is not student_maps
@@ -272,14 +277,17 @@ def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gra
     programs = triton.cdiv(size, TILE)
     losses = torch.empty(programs, dtype=torch.float32, device=student.device)
     by_row = mask is not None and mask.shape != student.shape
-    width = student[0].numel() if by_row and student.shape[0] else 1
-    count = None if mask is None else (mask.sum() * width).float()  # only the device knows it: it stays there
+    rows = student.shape[0]
+    width = size // max(rows, 1)
+    count = (
+        None if mask is None else (mask.sum() * (width if by_row else 1)).float()
+    )  # only the device knows it: it stays there
     if programs:
         with torch.cuda.device_of(student):
             _mse_kernel[(programs,)](
                 student, teacher, grad if needs_grad else None,
                 None if mask is None else mask.contiguous().view(torch.uint8), count,
-                losses, size, width, 2 / size, BY_ROW=by_row, BLOCK=TILE, num_warps=WARPS,
+                losses, rows, width, 2 / size, BY_ROW=by_row, BLOCK=TILE, num_warps=WARPS,
             )  # fmt: skip
     total = losses.sum(dtype=torch.float64)
     return (total / (max(size, 1) if count is None else count.clamp(min=1))).float(), grad
