@@ -96,9 +96,22 @@ def features() -> list[Call]:
     return calls
 
 
+def relation() -> list[Call]:
+    """Several panels, whose last columns are no multiple of 16; the teacher's panels, products of features instead, and
+    no teacher at all.
+    """
+    return [
+        Call("pkt_loss", (1501,), 64, {}),
+        Call("crd_loss", (1501,), 64, {"normalize": True, "temperature": 0.5}),
+        Call("crd_loss", (1501,), 4, {"normalize": True, "temperature": 0.5}),
+        Call("crd_loss", (100,), 64, {"alignment_weight": 0.0}),
+    ]
+
+
 CALLS: dict[str, Callable[[], list[Call]]] = {
     "features": features,
     "kl": kl,
+    "relation": relation,
     "topk_kl": topk_kl,
 }
 DTYPES = (torch.bfloat16, torch.float32)

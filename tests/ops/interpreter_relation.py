@@ -24,6 +24,7 @@ def triton_panels(monkeypatch) -> None:
     for name in ("crd_panel", "pkt_panel"):
         monkeypatch.setattr(torch.ops.kdfast, name, getattr(triton_kernels, name))
     monkeypatch.setitem(tiles.MOST, "cpu", 16)
+    monkeypatch.setitem(tiles.ALIGNED, "cpu", tiles.ALIGNED["cuda"])
     monkeypatch.setattr(triton_kernels, "ROWS", 4)
     monkeypatch.setattr(triton_kernels, "COLUMNS", 8)
 

@@ -68,6 +68,23 @@ def test_another_batch_size_compiles_nothing(name, width):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_another_batch_size_compiles_nothing_in_any_configuration(op):
+    for call in CALLS[op]():
+        n, *others = call.leading
+        if any(isinstance(value, torch.Tensor) for value in call.options.values()):
+            continue  # a mask of this batch
+        seen = set()
+        for rows in (n, n + 1, -(-(n + 2) // 16) * 16):
+            inputs, options = call._replace(leading=(rows, *others)).arguments()
+            arguments = cast({**inputs, **options}, torch.bfloat16)
+            leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
+            keys.clear()
+            torch.autograd.grad(first_output(getattr(kdfast, call.function)(**arguments)).sum(), leaves)
+            seen.add(frozenset(keys))
+        assert len(seen) == 1, call
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_calls_of_the_gpu_tests_reach_every_line_of_the_tables(op):
     configurations.clear()
     for call in CALLS[op]():

@@ -247,7 +247,8 @@ def attention(
     blocks, scale = triton.cdiv(pixels, bp), 1 / (n * h * w)
     with torch.cuda.device_of(student_maps):
         student, teacher = _pooled(student_maps, h, w), _pooled(teacher_maps, h, w)
-        sums = torch.empty((2, n, pixels), dtype=torch.float32, device=grad.device)
+        # Not slices of one: where those begin, which kernels are compiled for, depends on the batch.
+        sums = [torch.empty((n, pixels), dtype=torch.float32, device=grad.device) for _ in range(2)]
         for maps, a in zip((student, teacher), sums, strict=True):
             _power_kernel[(n, blocks)](
                 maps, a, maps.shape[1], pixels, p, POWER=power, BC=bc, BP=bp, num_warps=WARPS

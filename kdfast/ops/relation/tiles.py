@@ -25,12 +25,15 @@ PANEL_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 # Rows of one: fewer make slow matrix products, more leave little of the upper triangle out.
 FEWEST, MOST = 64, {"cpu": 256, "cuda": 1024}
 SUMMED_ROWS = 128
+# Elements that the rows of a panel begin at a multiple of: a GPU then loads 16 bytes at a time, whatever the batch.
+ALIGNED = {"cpu": 1, "cuda": 16}
 
 
 def panel_rows(x: Tensor) -> int:
     """Rows of a panel of the similarities of ``x`` (N, D)."""
     n, device = x.shape[0], x.device.type
     fitting = PANEL_BYTES[device] // max(n * x.element_size(), 1)
+    fitting -= fitting % ALIGNED[device]
     return min(max(fitting, FEWEST), MOST[device], max(n, 1))
 
 
@@ -38,11 +41,19 @@ class _Buffer:
     """Memory of one panel, used for all of them."""
 
     def __init__(self, like: Tensor, rows: int) -> None:
-        self.memory = like.new_empty(rows * like.shape[0])
+        self.aligned = ALIGNED[like.device.type]
+        self.memory = like.new_empty(rows * self._width(like.shape[0]))
+
+    def _width(self, columns: int) -> int:
+        return -(-columns // self.aligned) * self.aligned
 
     def products(self, x: Tensor, first: int, last: int) -> Tensor:
-        """``x[first:last] @ x[:last]^T``, contiguous."""
-        out = self.memory[: (last - first) * last].view(last - first, last)
+        """``x[first:last] @ x[:last]^T``, rows next to each other but for what aligns them, which is 0."""
+        width = self._width(last)
+        out = self.memory[: (last - first) * width].view(last - first, width)
+        if width > last:
+            out[:, last:] = 0
+            out = out[:, :last]
         return torch.mm(x[first:last], x[:last].mT, out=out)
 
 

@@ -13,24 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.ops.relation import tiles
+
 # Rows and columns of a program's tile: 8 elements a thread. Unmeasured.
 ROWS, COLUMNS, WARPS = 8, 128, 4
 OPTIONS: dict[str, Any] = {"num_warps": WARPS}
+ALIGNED = tl.constexpr(tiles.ALIGNED["cuda"])
+SIZES = ["rows", "columns", "stride", "first"]  # another batch size is not another kernel
 
 
 # One program takes a tile. Reads one or two panels once and writes one: 8 or 12 bytes an element, and the products on
 # either side of it 6 or 8 D operations. Two special-function operations and two divisions an element.
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _crd_kernel(
-    student_ptr, teacher_ptr,  # contiguous (rows, columns); teacher None: no squared differences
+    student_ptr, teacher_ptr,  # (rows, columns), rows apart by 16 * stride; teacher None: no squared differences
     student_factor_ptr, teacher_factor_ptr, labels_ptr,  # (columns)
     loss_ptr,  # float32, one a program
-    rows, columns, first,
+    rows, columns, stride, first,
     inverse_temperature, weight, scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside, here, mirrored = _tile(rows, columns, first, ROWS, COLUMNS)
+    row, column, inside, held, here, mirrored = _tile(rows, columns, stride, first, ROWS, COLUMNS)
     i, j = first + row, column
     f_i = tl.load(student_factor_ptr + i, mask=row < rows, other=0.0)[:, None]
     f_j = tl.load(student_factor_ptr + j, mask=column < columns, other=0.0)[None, :]
@@ -38,7 +42,7 @@ def _crd_kernel(
         tl.load(labels_ptr + i, mask=row < rows, other=0)[:, None]
         == tl.load(labels_ptr + j, mask=column < columns, other=0)[None, :]
     )
-    s = tl.load(student_ptr + here, mask=inside, other=0.0) * (f_j * (f_i * inverse_temperature))
+    s = tl.load(student_ptr + here, mask=held, other=0.0) * (f_j * (f_i * inverse_temperature))
     sign = tl.where(same, -1.0, 1.0)
     a = sign * s
     e = tl.exp(-tl.abs(a))
@@ -50,38 +54,38 @@ def _crd_kernel(
     if teacher_ptr is not None:
         t_i = tl.load(teacher_factor_ptr + i, mask=row < rows, other=0.0)[:, None]
         t_j = tl.load(teacher_factor_ptr + j, mask=column < columns, other=0.0)[None, :]
-        d = s - tl.load(teacher_ptr + here, mask=inside, other=0.0) * (t_j * (t_i * inverse_temperature))
+        d = s - tl.load(teacher_ptr + here, mask=held, other=0.0) * (t_j * (t_i * inverse_temperature))
         loss += weight * (d * d)
         slope += 2.0 * weight * d
     # A NaN fails every comparison: with `a` it would be lost above, but e and log1p carry it.
     loss = tl.where(inside, tl.where(mirrored, 2.0 * loss, loss), 0.0)
     tl.store(loss_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
-    tl.store(student_ptr + here, slope * (f_j * (f_i * scale)), mask=inside)
+    tl.store(student_ptr + here, slope * (f_j * (f_i * scale)), mask=held)
 
 
 # The same for pkt: 12 bytes, two special-function operations and four divisions an element. Sums along rows and columns
 # go to scratch of their own, one value a tile's row or column, so that their order is fixed.
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pkt_kernel(
-    student_ptr, teacher_ptr,  # contiguous (rows, columns)
+    student_ptr, teacher_ptr,  # (rows, columns), rows apart by 16 * stride
     student_factor_ptr, teacher_factor_ptr, student_inverse_sum_ptr, teacher_inverse_sum_ptr,  # (columns)
     loss_ptr,  # float32, one a program
     row_sums_ptr,  # float32 (programs over columns, rows)
     column_sums_ptr,  # float32 (programs over rows, columns); not used right of `first`
-    rows, columns, first,
+    rows, columns, stride, first,
     eps, scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside, here, mirrored = _tile(rows, columns, first, ROWS, COLUMNS)
+    row, column, inside, held, here, mirrored = _tile(rows, columns, stride, first, ROWS, COLUMNS)
     i, j = first + row, column
     in_rows, in_columns = row < rows, column < columns
     f_i = tl.load(student_factor_ptr + i, mask=in_rows, other=0.0)[:, None]
     f_j = tl.load(student_factor_ptr + j, mask=in_columns, other=0.0)[None, :]
     t_i = tl.load(teacher_factor_ptr + i, mask=in_rows, other=0.0)[:, None]
     t_j = tl.load(teacher_factor_ptr + j, mask=in_columns, other=0.0)[None, :]
-    k_s = _kernel(tl.load(student_ptr + here, mask=inside, other=0.0) * (f_j * (f_i * 0.5)))
-    k_t = _kernel(tl.load(teacher_ptr + here, mask=inside, other=0.0) * (t_j * (t_i * 0.5)))
+    k_s = _kernel(tl.load(student_ptr + here, mask=held, other=0.0) * (f_j * (f_i * 0.5)))
+    k_t = _kernel(tl.load(teacher_ptr + here, mask=held, other=0.0) * (t_j * (t_i * 0.5)))
     own_s = tl.load(student_inverse_sum_ptr + i, mask=in_rows, other=0.0)[:, None]
     own_t = tl.load(teacher_inverse_sum_ptr + i, mask=in_rows, other=0.0)[:, None]
     loss, w, along = _direction(k_s * own_s, k_t * own_t, eps)
@@ -100,17 +104,21 @@ def _pkt_kernel(
         mask=in_columns,
     )
     tl.store(loss_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
-    tl.store(student_ptr + here, (w * own_s + mirror_w * other_s) * (f_j * (f_i * scale)), mask=inside)
+    tl.store(student_ptr + here, (w * own_s + mirror_w * other_s) * (f_j * (f_i * scale)), mask=held)
 
 
 @triton.jit
-def _tile(rows, columns, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows and columns of this program's tile, what of it exists, where it lies, and what stands for two pairs."""
+def _tile(rows, columns, stride, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of this program's tile, what of it exists, what of it there is memory for, where that lies, and
+    what stands for two pairs.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    here = row[:, None] * columns + column[None, :]
-    return row, column, inside, here, (column < first)[None, :]
+    width = stride.to(tl.int64) * ALIGNED
+    held = (row < rows)[:, None] & (column < width)[None, :]
+    here = row[:, None] * width + column[None, :]
+    return row, column, inside, held, here, (column < first)[None, :]
 
 
 @triton.jit
@@ -131,6 +139,14 @@ def _grid(panel: Tensor) -> tuple[int, int]:
     return triton.cdiv(panel.shape[0], ROWS), triton.cdiv(panel.shape[1], COLUMNS)
 
 
+def _sizes(panel: Tensor, first: int) -> tuple[int, int, int, int]:
+    """What SIZES names."""
+    rows, columns = panel.shape
+    stride, rest = divmod(panel.stride(0), ALIGNED.value)
+    assert rest == 0, "rows of a panel begin at multiples of 16"
+    return rows, columns, stride, first
+
+
 def crd_panel(
     student: Tensor,
     teacher: Tensor | None,
@@ -147,7 +163,7 @@ def crd_panel(
     losses = torch.empty(grid, dtype=torch.float32, device=student.device)
     with torch.cuda.device_of(student):
         _crd_kernel[grid](
-            student, teacher, student_factor, teacher_factor, labels, losses, *student.shape, first,
+            student, teacher, student_factor, teacher_factor, labels, losses, *_sizes(student, first),
             1 / temperature, weight, scale, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
         )  # fmt: skip
     return losses.sum(dtype=torch.float64)
@@ -173,7 +189,7 @@ def pkt_panel(
     with torch.cuda.device_of(student):
         _pkt_kernel[grid](
             student, teacher, student_factor, teacher_factor, student_inverse_sum, teacher_inverse_sum,
-            losses, row_sums, column_sums, rows, columns, first, eps, scale,
+            losses, row_sums, column_sums, *_sizes(student, first), eps, scale,
             ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
         )  # fmt: skip
     along[first:columns] += row_sums.sum(dim=0, dtype=torch.float64)
