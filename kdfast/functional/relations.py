@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast import backends, checks
-from kdfast.ops import graph, relation, rkd
+from kdfast.ops import graph, relation, rkd, rkd_sequence
 from kdfast.reference import relations as reference
 from kdfast.reference.crd import CRDLoss
 from kdfast.reference.relations import SimilarityGraph
@@ -278,7 +278,7 @@ def rkd_sequence_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
     checks.check_mask(mask, student.shape[:2], student)
     if not backends.has_kernel("rkd_sequence", student):
         return reference.rkd_sequence_angle_loss(student, teacher, mask=mask)
-    return rkd.rkd_sequence(student, teacher, mask=mask)
+    return rkd_sequence.rkd_sequence(student, teacher, mask=mask)
 
 
 def crd_loss(

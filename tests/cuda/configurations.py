@@ -108,10 +108,20 @@ def relation() -> list[Call]:
     ]
 
 
+def rkd_sequence() -> list[Call]:
+    """A teacher two blocks wide beside a student of one; a mask of the padding."""
+    mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.8
+    return [
+        Call("rkd_sequence_angle_loss", (3,), width, {"mask": chosen})
+        for width, chosen in product((64, 100, 255, 511, 768), (None, mask))
+    ]
+
+
 CALLS: dict[str, Callable[[], list[Call]]] = {
     "features": features,
     "kl": kl,
     "relation": relation,
+    "rkd_sequence": rkd_sequence,
     "topk_kl": topk_kl,
 }
 DTYPES = (torch.bfloat16, torch.float32)

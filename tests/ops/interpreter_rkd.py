@@ -189,37 +189,3 @@ def test_no_rows_and_no_width():
     assert value == 0 and gradient.shape == (0, 3)
     value, gradient = launch(torch.zeros(4, 0), torch.zeros(4, 0), "both")
     assert value == 0 and gradient.shape == (4, 0)
-
-
-SEQUENCE_MASK = torch.tensor([[True] * 5 + [False], [True, True, False, True, True, True]])
-
-
-def check_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
-    with np.errstate(all="ignore"):
-        value, gradient = triton_kernels.rkd_sequence(student, teacher, mask, True)
-    leaf = student.double().requires_grad_()
-    expected = reference.rkd_sequence_angle_loss(leaf, teacher.double(), mask=mask)
-    expected.backward()
-    assert value.dtype == gradient.dtype == torch.float32 and gradient.shape == student.shape
-    assert abs(value - expected) <= 2e-6 * max(float(expected), 1e-6)
-    assert (gradient - leaf.grad).abs().max() <= 4e-6 * max(float(leaf.grad.abs().max()), 1e-6)
-
-
-@pytest.mark.parametrize("mask", [None, SEQUENCE_MASK], ids=["all", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_sequences(monkeypatch, dtype, mask):
-    monkeypatch.setattr(triton_kernels, "TURN_WIDTH", 4)  # several blocks a row
-    student, teacher = features(2, 6, 5, seed=1).to(dtype), features(2, 6, 7, seed=2).to(dtype)
-    student[1, 4] = student[1, 3]  # a step of 0
-    check_sequence(student, teacher, mask)
-    if mask is not None:
-        clean = triton_kernels.rkd_sequence(student, teacher, mask, True)
-        student[~mask] = math.nan
-        dirty = triton_kernels.rkd_sequence(student, teacher, mask, True)
-        assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
-
-
-def test_straight_sequences_have_gradient_zero():
-    line = torch.arange(6.0)[None, :, None] * torch.tensor([1.0, 2.0, -3.0])
-    value, gradient = triton_kernels.rkd_sequence(line, features(1, 6, 3).float(), None, True)
-    assert value > 0 and (gradient == 0).all()

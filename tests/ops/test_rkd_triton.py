@@ -15,13 +15,12 @@ MATRICES = ("high_s_ptr", "low_s_ptr", "r_s_ptr", "high_t_ptr", "low_t_ptr", "r_
 TYPES = {
     **dict.fromkeys((*MATRICES, "high_ptr", "low_ptr", "r_ptr", "x_ptr", "out_ptr", "grad_ptr", "loss_ptr"), "*fp32"),
     **dict.fromkeys(("from_apex_ptr", "weight_ptr", "factor_ptr", "angle_ptr", "distance_ptr"), "*fp32"),
-    **dict.fromkeys(("sum_s_ptr", "sum_t_ptr", "norm_u_ptr", "norm_v_ptr", "apart_ptr", "along_ptr"), "*fp32"),
+    **dict.fromkeys(("sum_s_ptr", "sum_t_ptr"), "*fp32"),
     **dict.fromkeys(("total_s_ptr", "total_t_ptr", "kept_ptr"), "*fp64"),
     **{
         "wide_ptr": "*i32",
         "apexes_ptr": "*i64",
         "keep_ptr": "*u8",
-        "counts_ptr": "*u8",
         "n": "i32",
         "d": "i32",
         "apexes": "i32",
@@ -41,8 +40,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "distance": {**PLAIN, "ANGLE": False, "DISTANCE": True, "from_apex_ptr": None},
     },
     "_pull_kernel": {"": {}},
-    "_turns_kernel": {"": {}},
-    "_turn_gradient_kernel": {"": {}},
 }
 
 
@@ -56,8 +53,6 @@ def build(kernel: str, variant: str, target: str) -> Build:
         "_apex_kernel": {"ROWS": module.APEX_ROWS, "COLUMNS": module.APEX_COLUMNS},
         "_pair_kernel": {"BLOCK": module.PAIR_BLOCK},
         "_pull_kernel": {"ROWS": module.PULL_ROWS, "WIDTH": module.PULL_WIDTH},
-        "_turns_kernel": {"WIDTH": module.TURN_WIDTH},
-        "_turn_gradient_kernel": {"WIDTH": module.TURN_WIDTH},
     }
     names = getattr(module, kernel).arg_names
     constants = {**tiles[kernel], **{k: v for k, v in VARIANTS[kernel][variant].items() if k in names}}
@@ -102,7 +97,7 @@ def test_rows_are_addressed_in_64_bits(compiled):
         for index in re.findall(r"(%\w+) = tt\.get_program_id [xy] : i32", text):
             products = re.findall(rf"arith\.muli {re.escape(index)}, .* : i32", text)
             # Blocks of features lie within a row; blocks of losses are as many as programs.
-            assert len(products) <= (1 if re.search("_pull_kernel|_apex_kernel|_turn_gradient", name) else 0), (
+            assert len(products) <= (1 if re.search("_pull_kernel|_apex_kernel", name) else 0), (
                 name,
                 products,
             )

@@ -1,4 +1,4 @@
-"""Schemas, fake kernels and autograd function of ``torch.ops.kdfast.rkd`` and ``rkd_sequence``.
+"""Schemas, fake kernels and autograd function of ``torch.ops.kdfast.rkd``.
 
 The gradient is made in forward, by the sweep that makes the loss, for grad_output 1, and kept in the dtype it was
 computed in: float16 is rounded to after the loss scale of grad_output has reached it.
@@ -28,8 +28,6 @@ define(
     "rkd(Tensor student, Tensor teacher, Tensor? mask, Tensor? row_weight, Tensor? apexes, float distance_weight, "
     "float angle_weight, bool mean, bool needs_grad) -> (Tensor, Tensor)"
 )
-# The mean over the angles that count of (theta_s - theta_t)^2, of sequences (N, L, D).
-define("rkd_sequence(Tensor student, Tensor teacher, Tensor? mask, bool needs_grad) -> (Tensor, Tensor)")
 
 
 def _rkd_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -38,14 +36,7 @@ def _rkd_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton_kernels.rkd(*arguments)
 
 
-def _rkd_sequence_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from kdfast.ops.rkd import triton_kernels
-
-    return triton_kernels.rkd_sequence(*arguments)
-
-
 LIBRARY.impl("rkd", _rkd_cuda, "CUDA")
-LIBRARY.impl("rkd_sequence", _rkd_sequence_cuda, "CUDA")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -53,7 +44,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("kdfast::rkd_sequence", lib=LIBRARY)
 @torch.library.register_fake("kdfast::rkd", lib=LIBRARY)
 def _rkd_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype, needs_grad = compute_dtype(student), arguments[-1]
@@ -99,9 +89,3 @@ def rkd(
         apexes,
         *options,
     )
-
-
-def rkd_sequence(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The loss of the angles along sequences (N, L, D); arguments are already checked."""
-    mask = None if mask is None else mask.contiguous()
-    return ScalarLoss.apply(student, torch.ops.kdfast.rkd_sequence.default, teacher.detach(), mask)

@@ -13,7 +13,6 @@ and both parts of a are used. Every sum has one order.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -353,84 +352,11 @@ def _pull_kernel(out_ptr, grad_ptr, x_ptr, n, d, ROWS: tl.constexpr, WIDTH: tl.c
     tl.store(out_ptr + at, total, mask=here)
 
 
-@triton.jit
-def _steps(x_ptr, row, here, columns, d):
-    """x[1] - x[0] and x[2] - x[0] of the three positions from ``row`` on, a block of features; 0 unless ``here``."""
-    present = here & (columns < d)
-    x = tl.load(x_ptr + row * d + columns, mask=present, other=0.0).to(tl.float32)
-    u = tl.load(x_ptr + (row + 1) * d + columns, mask=present, other=0.0).to(tl.float32) - x
-    v = tl.load(x_ptr + (row + 2) * d + columns, mask=present, other=0.0).to(tl.float32) - x
-    return u, v
-
-
-# Reads three rows twice, the second time from cache.
-@triton.jit
-def _turns_kernel(norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, x_ptr, counts_ptr, d, WIDTH: tl.constexpr):
-    """|u|, |v|, and |u/|u| - v/|v||^2, |u/|u| + v/|v||^2 of the angle at one position; norms are 0 unless it counts."""
-    row = tl.program_id(0).to(tl.int64)
-    here = tl.load(counts_ptr + row) != 0
-    squared_u = tl.zeros([WIDTH], tl.float32)
-    squared_v = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, d, WIDTH):
-        u, v = _steps(x_ptr, row, here, start + tl.arange(0, WIDTH), d)
-        squared_u += u * u
-        squared_v += v * v
-    norm_u = tl.sqrt(tl.sum(squared_u, axis=0))
-    norm_v = tl.sqrt(tl.sum(squared_v, axis=0))
-    over_u = tl.where(norm_u < SMALLEST_NORM, SMALLEST_NORM, norm_u)
-    over_v = tl.where(norm_v < SMALLEST_NORM, SMALLEST_NORM, norm_v)
-    apart = tl.zeros([WIDTH], tl.float32)
-    along = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, d, WIDTH):
-        u, v = _steps(x_ptr, row, here, start + tl.arange(0, WIDTH), d)
-        # Divided, not multiplied with an inverse: on a line both are exactly equal or opposite then.
-        u = tl.div_rn(u, tl.broadcast_to(over_u, u.shape))
-        v = tl.div_rn(v, tl.broadcast_to(over_v, v.shape))
-        apart += (u - v) * (u - v)
-        along += (u + v) * (u + v)
-    tl.store(norm_u_ptr + row, norm_u)
-    tl.store(norm_v_ptr + row, norm_v)
-    tl.store(apart_ptr + row, tl.sum(apart, axis=0))
-    tl.store(along_ptr + row, tl.sum(along, axis=0))
-
-
-@triton.jit
-def _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr):
-    """What the angle at ``row`` sends to its second and its third position: csrc/math/turn.h."""
-    here = row >= 0
-    here = here & (tl.load(counts_ptr + row, mask=here, other=0) != 0)
-    u, v = _steps(x_ptr, row, here, columns, d)
-    over_u = tl.load(norm_u_ptr + row, mask=here, other=1.0)
-    over_v = tl.load(norm_v_ptr + row, mask=here, other=1.0)
-    u = tl.div_rn(u, tl.broadcast_to(over_u, u.shape))
-    v = tl.div_rn(v, tl.broadcast_to(over_v, v.shape))
-    off = (u - v) * tl.load(apart_ptr + row, mask=here, other=0.0)
-    along = (u + v) * tl.load(along_ptr + row, mask=here, other=0.0)
-    return (off - along) / over_u, (-off - along) / over_v
-
-
-# Reads five rows, four of them from cache, and writes one.
-@triton.jit
-def _turn_gradient_kernel(
-    out_ptr, x_ptr, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr, d, WIDTH: tl.constexpr
-):  # fmt: skip
-    """The gradient of one position: first in an angle, second in the one before, third in the one before that."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    u, v = _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
-    total = -(u + v)
-    u, v = _turn_gradient(x_ptr, row - 1, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
-    total += u
-    u, v = _turn_gradient(x_ptr, row - 2, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
-    tl.store(out_ptr + row * d + columns, total + v, mask=columns < d)
-
-
 # Tiles, unmeasured: 16 elements a thread, whose sums and operands fit in 128 registers.
 DISTANCE_BLOCK, ROW_BLOCK = 64, 1024
 APEX_ROWS, APEX_COLUMNS = 32, 64
 PAIR_BLOCK = 32
 PULL_ROWS, PULL_WIDTH = 32, 64
-TURN_WIDTH = 512
 OPTIONS: dict[str, dict[str, Any]] = {
     "_distances_kernel": {"num_warps": 8},
     "_rows_kernel": {"num_warps": 4},
@@ -438,8 +364,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "_apex_kernel": {"num_warps": 4},
     "_pair_kernel": {"num_warps": 4},
     "_pull_kernel": {"num_warps": 4},
-    "_turns_kernel": {"num_warps": 4},
-    "_turn_gradient_kernel": {"num_warps": 4},
 }
 # Sums of a difference and what it lost are the point of the wide cosines; tl.fma stands where one is wanted.
 FUSION = {"enable_fp_fusion": False}
@@ -538,51 +462,3 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     transposed = x.t().contiguous()
     _launch(_distances_kernel, (blocks, blocks), high, low, r, transposed, n, d, BLOCK=DISTANCE_BLOCK)
     return high, low, r
-
-
-def rkd_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """``torch.ops.kdfast.rkd_sequence``: the loss, and its gradient for grad_output 1, empty unless ``needs_grad``."""
-    if student.dtype == torch.float64:
-        raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
-    n, length, d = student.shape
-    grad = torch.zeros(student.shape if needs_grad else (0,), dtype=torch.float32, device=student.device)
-    if n == 0:
-        return grad.new_zeros(()), grad
-    student, teacher = student.contiguous(), teacher.contiguous()
-    counts = torch.zeros(n, length, dtype=torch.bool, device=student.device)
-    counts[:, :-2] = True if mask is None else mask[:, :-2] & mask[:, 1:-1] & mask[:, 2:]
-
-    with torch.cuda.device_of(student):
-        of_student, of_teacher = (_turns(x, counts) for x in (student, teacher))
-        # A number for each position from here on: the features are read and written by kernels alone.
-        (theta, apart, along), (target, _, _) = (_turn(*of) for of in (of_student, of_teacher))
-        off = torch.where(counts, theta - target, 0.0)
-        count = counts.sum().clamp(min=1)
-        loss = off.square().sum(dtype=torch.float64) / count
-        if needs_grad and d > 0:
-            slope = 2 * off / count
-            norm_u, norm_v = (norm.clamp(min=SMALLEST_NORM.value) for norm in of_student[:2])
-            width = min(TURN_WIDTH, triton.next_power_of_2(d))
-            _launch(
-                _turn_gradient_kernel, (n * length, triton.cdiv(d, width)), grad, student, norm_u, norm_v,
-                slope * apart, slope * along, counts.view(torch.uint8), d, WIDTH=width,
-            )  # fmt: skip
-    return loss.float(), grad
-
-
-def _turns(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What _turns_kernel makes, (N, L) each."""
-    d = x.shape[-1]
-    out = torch.empty(4, *counts.shape, dtype=torch.float32, device=x.device)
-    width = min(TURN_WIDTH, triton.next_power_of_2(max(d, 1)))
-    _launch(_turns_kernel, (counts.numel(),), *out, x, counts.view(torch.uint8), d, WIDTH=width)
-    return out[0], out[1], out[2], out[3]
-
-
-def _turn(norm_u: Tensor, norm_v: Tensor, apart: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The angle, and a and b of csrc/math/turn.h; a right angle with zero gradient where a step is 0."""
-    p, q, total = apart.sqrt(), along.sqrt(), apart + along
-    still = (norm_u == 0) | (norm_v == 0)
-    theta = torch.where(still, math.pi / 2, 2 * torch.atan2(p, q))
-    a, b = (torch.where(still | (x == 0), 0.0, 2 * y / (x * total)) for x, y in ((p, q), (q, p)))
-    return theta, a, b
