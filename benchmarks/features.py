@@ -1,6 +1,6 @@
 """Losses on features and maps, forward + backward: kdfast, eager PyTorch, torch.compile, torchdistill.
 
-``python benchmarks/features.py`` measures everything (CPU: about five minutes on two cores) and saves it in
+``python benchmarks/features.py`` measures everything (CPU: about four minutes on two cores) and saves it in
 ``benchmarks/results``; ``--device cuda`` does the same on a GPU, in bfloat16.
 """
 
@@ -23,7 +23,8 @@ except ImportError:
     ATLoss = None
 
 # (N, C, H, W): maps of a ResNet's stages for images of 32 and 224 pixels.
-SHAPES = [(64, 64, 32, 32), (64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7)]
+SHAPES = [(64, 64, 32, 32), (32, 256, 56, 56), (32, 512, 28, 28), (64, 2048, 7, 7)]
+BUDGET = 2.0  # seconds for each case
 QUICK_SHAPES = [(8, 16, 14, 14)]
 
 # Column of the table -> what runs there: the fastest of several ways to write it counts.
@@ -118,4 +119,4 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 if __name__ == "__main__":
-    main(__file__, cases)
+    main(__file__, cases, BUDGET)

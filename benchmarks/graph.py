@@ -1,6 +1,6 @@
 """Similarity graphs and the loss on them: kdfast, eager PyTorch, torch.compile, faiss and KeOps; time and memory by N.
 
-``python benchmarks/graph.py`` measures everything (CPU: about ten minutes on two cores) and saves it in
+``python benchmarks/graph.py`` measures everything (CPU: about three minutes on two cores) and saves it in
 ``benchmarks/results``; ``--device cuda`` does the same on a GPU, in bfloat16. 'graph' is forward alone, as faiss and
 KeOps have no gradient; 'graph loss' is forward and backward.
 """
@@ -32,11 +32,11 @@ SHAPES = [(1024, 128), (4096, 512), (8192, 128), (65536, 128)]
 LOSS_SHAPES = [(1024, 128), (8192, 128)]
 GPU_SHAPES = [(16384, 512)]
 QUICK_SHAPES = SHAPES[:1]
-MATRIX_ROWS = 16384  # more rows than this have no N x N matrix here: 65536 would take 17 GB
-KEOPS_ROWS = (
-    1024  # KeOps keeps a vector a pair in registers: at D = 128 it is a hundred times slower, so once is enough
-)
+MATRIX_ROWS = 16384  # more rows than this have no N x N matrix here, and no floor: 65536 would take 17 GB
+KEOPS_ROWS = 1024  # at D = 128 it takes a hundred times longer, beyond that more
 BLOCK = 2048  # rows of the product that the truth and the floor hold at a time
+SAMPLED_ROWS = 1024  # beyond MATRIX_ROWS the values of so many are checked
+BUDGET = 3.0  # seconds for each case
 
 BASELINES = {"eager": ("eager",), "torch.compile": ("compiled",), "faiss": ("faiss",), "KeOps": ("KeOps",)}
 
@@ -51,15 +51,16 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def values_by_blocks(features: Tensor) -> Tensor:
-    """The same values without the matrix: the truth, in float64, at any N."""
+def graph_by_blocks(features: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The graph of ``rows`` (None: all) without the matrix: the truth, in float64, at any N."""
     unit = F.normalize(widened(features), dim=1)
     found = []
-    for first in range(0, len(unit), BLOCK):
-        similarities = unit[first : first + BLOCK] @ unit.T
-        similarities[:, first:].fill_diagonal_(-torch.inf)
-        found.append(similarities.topk(K, dim=1).values)
-    return torch.cat(found)
+    for block in (torch.arange(len(unit), device=unit.device) if rows is None else rows).split(BLOCK):
+        similarities = unit[block] @ unit.T
+        similarities.scatter_(1, block.unsqueeze(1), -torch.inf)
+        found.append(similarities.topk(K, dim=1))
+    values, indices = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(indices)
 
 
 def faiss_values(features: Tensor) -> Tensor:
@@ -78,10 +79,24 @@ def kdfast_values(features: Tensor) -> Tensor:
     return kdfast.similarity_graph(features, K).values
 
 
+def values_by_blocks(features: Tensor, rows: Tensor | None = None) -> Tensor:
+    return graph_by_blocks(features, rows)[0]
+
+
 def eager_loss(student: Tensor, teacher: Tensor) -> Tensor:
     values, indices = eager_graph(teacher)
     unit = F.normalize(widened(student), dim=1)
-    at_edges = (unit @ unit.T).gather(1, indices)
+    return edge_loss((unit @ unit.T).gather(1, indices), values)
+
+
+def loss_at_edges(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same without the matrix: the truth."""
+    values, indices = graph_by_blocks(teacher)
+    unit = F.normalize(widened(student), dim=1)
+    return edge_loss((unit.unsqueeze(1) * unit[indices]).sum(dim=-1), values)
+
+
+def edge_loss(at_edges: Tensor, values: Tensor) -> Tensor:
     log_p_student, log_p_teacher = (F.log_softmax(x / TEMPERATURE, dim=1) for x in (at_edges, values))
     return F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
 
@@ -118,7 +133,9 @@ def graph_case(shape: tuple[int, int], options: Options) -> Case:
         candidates["faiss"] = step(faiss_values, inputs)
     if LazyTensor is not None and shape[0] <= KEOPS_ROWS:
         candidates["KeOps"] = step(keops_values, inputs)
-    return make_case("graph", shape, inputs, values_by_blocks, candidates)
+    n, device = shape[0], options.device
+    rows = None if n <= MATRIX_ROWS else torch.linspace(0, n - 1, SAMPLED_ROWS, device=device).long()
+    return make_case("graph", shape, inputs, partial(values_by_blocks, rows=rows), candidates, sampled=rows)
 
 
 def loss_case(shape: tuple[int, int], options: Options) -> Case:
@@ -126,13 +143,20 @@ def loss_case(shape: tuple[int, int], options: Options) -> Case:
     fast = partial(kdfast.graph_distillation_loss, k=K, temperature=TEMPERATURE)
     candidates = {"kdfast": step(fast, inputs), "eager": step(eager_loss, inputs)}
     candidates["compiled"] = compiled(eager_loss, inputs)
-    return make_case("graph loss", shape, inputs, eager_loss, candidates)
+    return make_case("graph loss", shape, inputs, loss_at_edges, candidates)
 
 
 def make_case(
-    name: str, shape: tuple[int, int], inputs: dict[str, Tensor], reference: Loss, candidates: dict[str, Step]
+    name: str,
+    shape: tuple[int, int],
+    inputs: dict[str, Tensor],
+    reference: Loss,
+    candidates: dict[str, Step],
+    sampled: Tensor | None = None,
 ) -> Case:
     features = next(iter(inputs.values()))
+    matrix = shape[0] ** 2 * widened(features[:0]).element_size()
+    matrix_fits = shape[0] <= MATRIX_ROWS
     return Case(
         name=name,
         shape=shape,
@@ -140,9 +164,12 @@ def make_case(
         reference=reference,
         candidates=candidates,
         baselines=BASELINES,
-        floors=floors(features),
+        floors=floors(features) if matrix_fits else {},
         floor_bytes=sum(tensor.nbytes for tensor in inputs.values()) + 12 * K * shape[0],
         peers=frozenset({"faiss", "KeOps"}),
+        sampled=sampled,
+        matrix_bytes=matrix,
+        needs_bytes={} if matrix_fits else {"eager": matrix, "torch.compile": matrix},
     )
 
 
@@ -154,4 +181,4 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 if __name__ == "__main__":
-    main(__file__, cases)
+    main(__file__, cases, BUDGET)

@@ -45,6 +45,7 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 ALLOCATORS = {"default": None, "huge pages": "1"}  # name -> value of that variable
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
 SAMPLE_SECONDS = 0.01  # a sample repeats a short step this long, so that what ran before it cools nothing it needs
+SLOW_SECONDS, SLOW_ROUNDS = 0.8, 2  # one call of a slow candidate takes that long or more: it is measured in few rounds
 L2_FLUSH_BYTES = 256 * 2**20  # larger than the cache of any GPU
 
 
@@ -59,7 +60,7 @@ class Case:
     name: str
     shape: tuple[int, ...]
     inputs: dict[str, Tensor]  # by argument name; those that require a gradient get one
-    reference: Loss  # takes ``inputs``; in float64 it is the truth
+    reference: Loss  # takes ``inputs``; in float64 it is the truth, of rows ``sampled`` where those are given
     candidates: dict[str, Step]
     baselines: dict[str, tuple[str, ...]]  # column -> candidates; the fastest of them is what ours is compared with
     floors: dict[str, Callable[[], object]]  # what no implementation can be faster than, timed in the same rounds
@@ -67,6 +68,9 @@ class Case:
     ours: tuple[str, ...] = ("kdfast",)
     peers: frozenset[str] = frozenset()  # other libraries: one that disagrees is left out and its error written down
     term_size: float = 1.0  # size of the summed terms of the value, where they may cancel
+    sampled: Tensor | None = None  # rows of the value that are checked, where the truth of all takes too long
+    matrix_bytes: int | None = None  # of one N x N matrix, where that is what a loss may or may not hold
+    needs_bytes: dict[str, int] = field(default_factory=dict)  # column -> memory it would take, where none is measured
 
 
 @dataclass
@@ -118,6 +122,7 @@ def check(case: Case) -> dict[str, str]:
     for candidate, run in case.candidates.items():
         try:
             value, gradients = run()
+            value = value if case.sampled is None else value[case.sampled]
             rule = first.dtype, max(tensor.numel() for tensor in case.inputs.values())
             assert_within_rule("value", value.detach(), plain[0].detach(), truth[0].detach(), *rule, case.term_size)
             for name, *tensors in zip(names, gradients, plain[1], truth[1], strict=True):
@@ -154,14 +159,21 @@ def seconds(run: Callable[[], object], calls: int, flush: Tensor | None, cuda: b
 def interleaved(
     runs: dict[str, Callable[[], object]], budget: float, device: torch.device, size: int
 ) -> dict[str, list[float]]:
-    """Samples of every run, in rounds of random order, for about ``budget`` seconds. ``size``: bytes a run touches."""
+    """Samples of every run, in rounds of random order, for about ``budget`` seconds. ``size``: bytes a run touches.
+
+    A slow run takes part in the first rounds alone.
+    """
     cuda = device.type == "cuda"
     # What is bound by launches is timed by the host's clock: behind a flush the launches would hide.
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device) if cuda and size > 8 * 2**20 else None
-    calls = {}
+    calls, slow = {}, set()
     for name, run in runs.items():
-        run()
-        calls[name] = max(1, round(SAMPLE_SECONDS / seconds(run, 1, flush, cuda)))
+        once = seconds(run, 1, flush, cuda)
+        if once < SLOW_SECONDS:  # else the first call has said enough
+            once = seconds(run, 1, flush, cuda)
+        calls[name] = max(1, round(SAMPLE_SECONDS / once))
+        if once >= SLOW_SECONDS:
+            slow.add(name)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     gc.collect()
@@ -173,6 +185,8 @@ def interleaved(
                 break
             shuffle(order)
             for name in order:
+                if name in slow and done >= SLOW_ROUNDS:
+                    continue
                 samples[name].append(seconds(runs[name], calls[name], flush, cuda))
     finally:
         gc.enable()
@@ -238,6 +252,8 @@ def measure(case: Case, budget: float) -> dict[str, Any]:
         "seconds": times,
         "peak_bytes": {name: peak_bytes(run, tensor.device) for name, run in runs.items()},
         "refused": refused,
+        "matrix_bytes": case.matrix_bytes,
+        "needs_bytes": case.needs_bytes,
         **compare({name: time["p50"] for name, time in times.items()}, case),
     }
 
@@ -289,18 +305,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str], budget: float = 6.0) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes, short: whether it works, not how fast it is")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=[], metavar="ROWSxCLASSES", help="only these")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 on a GPU")
-    parser.add_argument("--budget", type=float, help="seconds to measure each case (default 6, with --quick 0.5)")
+    parser.add_argument("--budget", type=float, help="seconds to measure each case (default: the script's, or 0.5)")
     parser.add_argument("--output", type=Path, help="result file; the default takes whole runs only")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16"))
-    options.budget = options.budget or (0.5 if options.quick else 6.0)
+    options.budget = options.budget or (0.5 if options.quick else budget)
     return options
 
 
@@ -322,10 +338,13 @@ def run_workers(command: list[str], allocators: dict[str, str | None]) -> Iterat
             raise SystemExit(f"the measurement with {name} allocation failed; nothing is saved")
 
 
-def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]]) -> None:
-    """Command line of the benchmark in file ``script``; ``cases`` lists how to build each, one at a time."""
+def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]], budget: float = 6.0) -> None:
+    """Command line of the benchmark in file ``script``; ``cases`` lists how to build each, one at a time.
+
+    ``budget``: seconds to measure each case, where the command line does not say.
+    """
     arguments, op = sys.argv[1:], Path(script).stem
-    options = parse(arguments)
+    options = parse(arguments, budget)
     builders = cases(Options(options.device, options.dtype, options.shapes, options.quick))
     if options.worker:
         for build in builders:

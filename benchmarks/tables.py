@@ -1,4 +1,8 @@
-"""A result file as tables, for the terminal and for the README. Ratios only: milliseconds are in the file."""
+"""A result file as tables, for the terminal and for the README.
+
+Ratios: milliseconds are in the file. Only losses on all pairs of N rows, whose time and memory are looked at against
+N, have our own time and the share of an N x N matrix in the table as well.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +21,27 @@ def summary(result: Result) -> Rows:
     """One row for each of our variants of a case: speedup over each baseline, time over the floor, peak memory."""
     allocators = _allocators(result)
     columns = list(dict.fromkeys(column for record in result["cases"] for column in record["fastest"]))
-    headers = ["loss", "shape", "type"]
+    pairs = any(record.get("matrix_bytes") for record in result["cases"])
+    headers = ["loss", "shape", "type", *(["kdfast's time"] if pairs else [])]
     for allocator in allocators:
         suffix = "" if allocator == "default" else f", {allocator}"
         headers += [f"vs {column}{suffix}" for column in columns] + [f"time over floor{suffix}"]
     headers.append("peak extra MiB: " + " / ".join(["kdfast", *columns]))
+    headers += ["kdfast's memory / N x N matrix"] if pairs else []
     rows = []
     for records in _by_case(result).values():
         record = records[allocators[0]]
         for ours in record["speedup"]:
             row = [record["name"] + ours.removeprefix("kdfast"), shape(record), record["dtype"]]
+            row += [f"{record['seconds'][ours]['p50'] * 1e3:.3g} ms"] if pairs else []
             for allocator in allocators:
                 measured = records[allocator]
-                row += [_times(measured["speedup"][ours].get(column)) for column in columns]
+                row += [_times(measured, ours, column) for column in columns]
                 row.append(_over_floor(measured, ours))
             peaks = record["peak_bytes"]
             best = [min(_memory(peaks, record, column), default=None) for column in columns]
             row.append(" / ".join(_mebibytes(peak) for peak in (peaks[ours], *best)))
+            row += [_share(peaks[ours], record["matrix_bytes"])] if pairs else []
             rows.append(row)
     return headers, rows
 
@@ -60,6 +68,10 @@ def candidates(result: Result) -> Rows:
         rows += [
             [first["name"], shape(first), name, *("left out: wrong" for _ in allocators), ""]
             for name in first["refused"]
+        ]
+        rows += [
+            [first["name"], shape(first), name, *(f"needs {_gigabytes(count)}" for _ in allocators), ""]
+            for name, count in first.get("needs_bytes", {}).items()
         ]
     return [*headers, "peak extra MiB"], rows
 
@@ -107,12 +119,25 @@ def _memory(peaks: dict[str, int | None], record: Result, column: str) -> list[i
 def _over_floor(record: Result, ours: str) -> str:
     """Over the floor that binds at this shape: the slowest of them."""
     floors = record["over_floor"][ours]
+    if not floors:
+        return ""
     name = min(floors, key=floors.__getitem__)
     return f"{floors[name]:.2f} ({name})"
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.1f}x"
+def _times(record: Result, ours: str, column: str) -> str:
+    ratio, needed = record["speedup"][ours].get(column), record.get("needs_bytes", {}).get(column)
+    if ratio is None:
+        return "" if needed is None else f"needs {_gigabytes(needed)}"
+    return f"{ratio:.1f}x"
+
+
+def _share(peak: int | None, matrix: int) -> str:
+    return "-" if peak is None else f"{100 * peak / matrix:.1f} %"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.0f} GB"
 
 
 def _mebibytes(count: int | None) -> str:

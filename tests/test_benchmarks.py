@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ import features  # noqa: E402
 import graph  # noqa: E402
 import harness  # noqa: E402
 import kl  # noqa: E402
+import pairs  # noqa: E402
 import readme_tables  # noqa: E402
 import relation  # noqa: E402
 import rkd  # noqa: E402
@@ -78,6 +81,51 @@ def test_the_candidates_of_graph_agree_with_the_truth(build):
     assert harness.check(dataclasses.replace(case, candidates=kept)) == {}
 
 
+def test_where_only_some_rows_are_checked_a_wrong_one_among_them_is_found():
+    options = harness.Options(CPU, torch.float32)
+    inputs = {"features": graph.draw((200, 16), 0, options)}
+    rows = torch.tensor([3, 150, 199])
+    truth = partial(graph.values_by_blocks, rows=rows)
+    for wrong_row, expected in ((150, True), (151, False)):
+
+        def loss(features, row=wrong_row):
+            values = graph.eager_graph(features)[0]
+            values[row, 4] -= 0.1
+            return values
+
+        candidates = {"kdfast": harness.step(graph.kdfast_values, inputs), "other": harness.step(loss, inputs)}
+        case = graph.make_case("graph", (200, 16), inputs, truth, candidates, sampled=rows)
+        case = dataclasses.replace(case, peers=frozenset({"other"}))
+        assert (list(harness.check(case)) == ["other"]) == expected
+
+
+def test_a_graph_without_the_matrix_says_what_the_matrix_would_take(monkeypatch):
+    monkeypatch.setattr(graph, "MATRIX_ROWS", 100)
+    monkeypatch.setattr(graph, "SAMPLED_ROWS", 7)
+    case = graph.graph_case((300, 16), harness.Options(CPU, torch.float32))
+    assert case.sampled.tolist() == [0, 49, 99, 149, 199, 249, 299]
+    assert not {"eager", "compiled"} & case.candidates.keys()
+    assert case.needs_bytes == {"eager": 4 * 300**2, "torch.compile": 4 * 300**2}
+    kept = {name: run for name, run in case.candidates.items() if name != "KeOps"}
+    record = harness.measure(dataclasses.replace(case, candidates=kept), budget=0)
+    record = {**record, "needs_bytes": {"eager": 17179869184}}
+    headers, rows = tables.summary(result_of({**record, "fastest": {"eager": "eager"}}))
+    assert dict(zip(headers, rows[0], strict=True))["vs eager"] == "needs 17 GB"
+    assert ["graph", "300x16", "eager", "needs 17 GB", ""] in tables.candidates(result_of(record))[1]
+
+
+@pytest.mark.parametrize("name", ["crd", "pkt", "similarity_preserving"])
+def test_the_truth_in_blocks_is_the_reference(name, monkeypatch):
+    monkeypatch.setattr(pairs, "ROWS", 20)
+    inputs = harness.fresh(relation.features((50, 6), harness.Options(CPU, torch.float32)), torch.float64)
+    if name != "crd":
+        del inputs["labels"]
+    value, gradients = harness.step(partial(pairs.by_blocks, getattr(pairs, name)), inputs)()
+    expected = harness.step(getattr(kdfast.reference, f"{name}_loss"), inputs)()
+    torch.testing.assert_close(value, expected[0])
+    torch.testing.assert_close(gradients, expected[1])
+
+
 @pytest.mark.parametrize(
     ("loss", "what"), [(wrong_value, "value"), (wrong_gradient, "gradient of student_logits"), (no_number, "value")]
 )
@@ -102,9 +150,9 @@ def test_a_record_has_times_memory_and_ratios_of_every_candidate():
     assert record["floor_bytes"] == 3 * 6 * 50 * 4
     assert record["seconds"].keys() == {*case.candidates, "memory floor", "Python floor"}
     assert record["peak_bytes"].keys() == case.candidates.keys()
-    for time in record["seconds"].values():
-        assert 0 < time["p20"] <= time["p50"] <= time["p80"]
-        assert time["samples"] == harness.MIN_ROUNDS
+    for taken in record["seconds"].values():
+        assert 0 < taken["p20"] <= taken["p50"] <= taken["p80"]
+        assert taken["samples"] == harness.MIN_ROUNDS
     for ours in case.ours:
         assert record["speedup"][ours].keys() == {"eager"}
         assert record["over_floor"][ours].keys() == {"memory floor", "Python floor"}
@@ -169,6 +217,15 @@ def test_all_runs_take_part_in_every_round():
     samples = harness.interleaved(runs, budget=0, device=CPU, size=0)
     assert [len(values) for values in samples.values()] == [harness.MIN_ROUNDS] * 2
     assert min(calls.values()) > harness.MIN_ROUNDS
+
+
+def test_a_slow_run_takes_part_in_few_rounds(monkeypatch):
+    monkeypatch.setattr(harness, "SLOW_SECONDS", 0.02)
+    calls = []
+    runs = {"fast": lambda: None, "slow": lambda: (calls.append(0), time.sleep(0.03))}
+    samples = harness.interleaved(runs, budget=0, device=CPU, size=0)
+    assert (len(samples["fast"]), len(samples["slow"])) == (harness.MIN_ROUNDS, harness.SLOW_ROUNDS)
+    assert len(calls) == 1 + harness.SLOW_ROUNDS
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is counted on Linux")
@@ -238,6 +295,17 @@ EXPECTED = """\
 def test_the_table_has_a_row_for_each_of_our_variants_and_both_allocators():
     result = result_of(record_of("default", 9.0), record_of("huge pages", 7.5))
     assert tables.markdown(*tables.summary(result)) == EXPECTED
+
+
+def test_losses_on_all_pairs_show_their_time_and_their_share_of_the_matrix():
+    record = {
+        **record_of("default", 9.0),
+        "seconds": {o: {"p50": 0.0125} for o in ("kdfast", "kdfast, in place")},
+        "matrix_bytes": 2**30,
+    }
+    headers, rows = tables.summary(result_of(record))
+    row = dict(zip(headers, rows[0], strict=True))
+    assert (row["kdfast's time"], row["kdfast's memory / N x N matrix"]) == ("12.5 ms", "6.2 %")
 
 
 def test_the_readme_is_rewritten_between_the_markers_alone_and_checked(tmp_path, capsys):
