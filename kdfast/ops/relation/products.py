@@ -15,7 +15,7 @@ from kdfast.ops.relation.rows import Rows, panels, raw_rows
 from kdfast.reference.features import kernel_features, safe_ratio
 from kdfast.reference.geometry import gram
 
-PANEL_ROWS = 512
+PANEL_ROWS = 256  # of float64: twice as many are a fifth faster, and take 7 % of an 8192 x 8192 matrix in place of 4 %
 EPS = 1e-12  # of similarity_preserving's norms
 SEEN_AT_ONCE = 1024  # rows of a panel of similarity_preserving's whole rows
 
