@@ -1,7 +1,7 @@
 // Compiled once per instruction set (setup.py: PER_LEVEL). See feature_rows.h for what is computed.
 // Memory: a map is read once for its sums, and once more, from cache, for its gradient, which is written once. A pooled
 // map is not read again: its pooled values are kept. Arithmetic is a few operations an element but for powers other than
-// 1 and 2, which take a logarithm and an exponential.
+// 1, 2 and 3, which take a logarithm and an exponential.
 #include "cpu/feature_rows.h"
 
 #include "cpu/simd.h"
@@ -23,7 +23,7 @@ template <class C> KDFAST_INLINE Vec<C> power_of(Vec<C> x, C p) {
 }
 
 // Powers with a form of their own.
-enum class Exponent { one, two, any };
+enum class Exponent { one, two, three, any };
 
 template <Exponent exponent, class S> KDFAST_INLINE void sum_powers(const S* map, const MapSize& size, double p, ComputeOf<S>* a) {
   using C = ComputeOf<S>;
@@ -34,6 +34,7 @@ template <Exponent exponent, class S> KDFAST_INLINE void sum_powers(const S* map
       const Vec<C> f = read(extent, map + c * pixels, i, pixels, C(0));
       Vec<C> term = magnitude<C>(f);
       if constexpr (exponent == Exponent::two) term = f * f;
+      if constexpr (exponent == Exponent::three) term *= f * f;
       if constexpr (exponent == Exponent::any) term = power_of<C>(term, C(p));
       write(extent, a, i, pixels, read(extent, a, i, pixels, C(0)) + term);
     });
@@ -44,6 +45,7 @@ template <class S> void power(const void* map, const MapSize& size, double p, vo
   ComputeOf<S>* sums = static_cast<ComputeOf<S>*>(a);
   if (p == 2) sum_powers<Exponent::two, S>(f, size, p, sums);
   else if (p == 1) sum_powers<Exponent::one, S>(f, size, p, sums);
+  else if (p == 3) sum_powers<Exponent::three, S>(f, size, p, sums);
   else sum_powers<Exponent::any, S>(f, size, p, sums);
 }
 
@@ -56,6 +58,7 @@ KDFAST_INLINE void power_slopes(const S* map, const MapSize& size, double p, con
       const Vec<C> f = read(extent, map + c * pixels, i, pixels, C(0));
       Vec<C> slope = f;
       if constexpr (exponent == Exponent::one) slope = f > C(0) ? broadcast<C>(1) : (f < C(0) ? broadcast<C>(-1) : f);
+      if constexpr (exponent == Exponent::three) slope = f * magnitude<C>(f);
       if constexpr (exponent == Exponent::any) {
         const Vec<C> size_of_slope = power_of<C>(magnitude<C>(f), C(p - 1));
         slope = f < C(0) ? -size_of_slope : size_of_slope;
@@ -70,6 +73,7 @@ template <class S> void power_grad(const void* map, const MapSize& size, double 
   GradientOf<S>* grad = static_cast<GradientOf<S>*>(out);
   if (p == 2) power_slopes<Exponent::two, S>(f, size, p, slopes, grad);
   else if (p == 1) power_slopes<Exponent::one, S>(f, size, p, slopes, grad);
+  else if (p == 3) power_slopes<Exponent::three, S>(f, size, p, slopes, grad);
   else power_slopes<Exponent::any, S>(f, size, p, slopes, grad);
 }
 
@@ -95,6 +99,10 @@ template <class S> void pool(const void* map, const MapSize& from, const MapSize
           for (int64_t row = top; row < bottom; ++row) sum += read(extent, plane + row * from.width + first, i, n, C(0));
           write(extent, sums, i, n, sum);
         });
+        if (n == from.width && n == 2 * to.width) {  // the common case, without the divisions that find a bin's ends
+          for (int64_t bin = 0; bin < to.width; ++bin) out[bin] = sums[2 * bin] + sums[2 * bin + 1];
+          break;
+        }
         for (int64_t bin = x; bin < to.width; ++bin) {
           int64_t left = bin_begin(bin, to.width, from.width), right = bin_end(bin, to.width, from.width);
           if (left >= first + n) break;
@@ -102,6 +110,11 @@ template <class S> void pool(const void* map, const MapSize& from, const MapSize
           if (right <= first + n) x = bin + 1; else right = first + n;
           for (int64_t i = left; i < right; ++i) out[bin] += sums[i - first];
         }
+      }
+      if (from.width == 2 * to.width) {
+        const C area = C(2 * (bottom - top));
+        for (int64_t bin = 0; bin < to.width; ++bin) out[bin] /= area;
+        continue;
       }
       for (int64_t bin = 0; bin < to.width; ++bin)
         out[bin] /= C((bottom - top) * (bin_end(bin, to.width, from.width) - bin_begin(bin, to.width, from.width)));

@@ -26,6 +26,8 @@ SIZES = {
     "each is larger once": ((3, 9), (5, 4)),
     "long rows": ((1, 7), (2, 1100)),
     "long rows of the student": ((2, 1100), (1, 700)),
+    "long rows halved": ((1, 512), (2, 1024)),
+    "long rows quartered": ((1, 256), (2, 1024)),
     "one bin": ((1, 1), (9, 600)),
 }
 
