@@ -13,6 +13,7 @@
 #include "cpu/graph.h"
 #include "cpu/graph_select.h"
 #include "cpu/graph_tiles.h"
+#include "cpu/pool.h"
 
 namespace kdfast {
 namespace {
@@ -276,9 +277,8 @@ std::tuple<Tensor, Tensor> graph(const Tensor& features, std::optional<Tensor> k
   STD_TORCH_CHECK(k <= kMaxKeep - kSpare, "kdfast::graph keeps up to 128 neighbours a row");
   const Storage storage = storage_of(features);
   const bool wide = storage == Storage::float64;
-  const int64_t shape[] = {rows.count, k};
-  Tensor values = torch::stable::new_empty(features, {shape, 2}, wide ? ScalarType::Double : ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(features, {shape, 2}, ScalarType::Long);
+  Tensor values = empty({rows.count, k}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor indices = empty({rows.count, k}, ScalarType::Long);
   const Admitted admitted{rows.count, columns.count, include_self || keys.has_value(),
                           labels ? static_cast<const int64_t*>(labels->data_ptr()) : nullptr};
   int64_t* index = static_cast<int64_t*>(indices.data_ptr());

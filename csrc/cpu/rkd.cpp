@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/array.h"
+#include "cpu/pool.h"
 #include "cpu/rkd_kernels.h"
 #include "cpu/rows.h"
 #include "cpu/scalar.h"
@@ -227,8 +228,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   const int64_t rows = student.size(0), d = student.size(1);
   const ScalarType type = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> grad_shape = needs_grad ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
-  Tensor loss = torch::stable::new_empty(student, {}, type);
-  Tensor grad = torch::stable::new_empty(student, {grad_shape.data(), grad_shape.size()}, type);
+  Tensor loss = empty({}, type);
+  Tensor grad = empty(grad_shape, type);
   C* value = static_cast<C*>(loss.data_ptr());
   C* out = static_cast<C*>(grad.data_ptr());
 

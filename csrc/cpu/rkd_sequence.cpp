@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/array.h"
+#include "cpu/pool.h"
 #include "cpu/rkd_kernels.h"
 #include "cpu/rkd_sequence_kernels.h"
 #include "cpu/rows.h"
@@ -80,8 +81,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   const int64_t n = student.size(0), length = student.size(1), d = student.size(2);
   const ScalarType type = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> grad_shape = needs_grad ? std::vector<int64_t>{n, length, d} : std::vector<int64_t>{0};
-  Tensor loss = torch::stable::new_empty(student, {}, type);
-  Tensor grad = torch::stable::new_empty(student, {grad_shape.data(), grad_shape.size()}, type);
+  Tensor loss = empty({}, type);
+  Tensor grad = empty(grad_shape, type);
   C* out = static_cast<C*>(grad.data_ptr());
   const bool* keep = mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr;
   const auto counts = [&](int64_t r) { return keep == nullptr || (keep[r] && keep[r + 1] && keep[r + 2]); };
