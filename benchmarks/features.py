@@ -1,6 +1,6 @@
 """Losses on features and maps, forward + backward: kdfast, eager PyTorch, torch.compile, torchdistill.
 
-``python benchmarks/features.py`` measures everything (CPU: about four minutes on two cores) and saves it in
+``python benchmarks/features.py`` measures everything (CPU: about five minutes on two cores) and saves it in
 ``benchmarks/results``; ``--device cuda`` does the same on a GPU, in bfloat16.
 """
 

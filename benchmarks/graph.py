@@ -1,6 +1,6 @@
 """Similarity graphs and the loss on them: kdfast, eager PyTorch, torch.compile, faiss and KeOps; time and memory by N.
 
-``python benchmarks/graph.py`` measures everything (CPU: about three minutes on two cores) and saves it in
+``python benchmarks/graph.py`` measures everything (CPU: about four minutes on two cores) and saves it in
 ``benchmarks/results``; ``--device cuda`` does the same on a GPU, in bfloat16. 'graph' is forward alone, as faiss and
 KeOps have no gradient; 'graph loss' is forward and backward.
 """

@@ -1,6 +1,6 @@
 """Losses on all pairs of rows, forward + backward: kdfast, eager PyTorch, torch.compile, torchdistill.
 
-``python benchmarks/relation.py`` measures time and peak memory against N (CPU: about four minutes on two cores) and
+``python benchmarks/relation.py`` measures time and peak memory against N (CPU: about six minutes on two cores) and
 saves them in ``benchmarks/results``; ``--device cuda`` does the same on a GPU, in bfloat16.
 """
 
