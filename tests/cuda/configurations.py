@@ -108,6 +108,15 @@ def relation() -> list[Call]:
     ]
 
 
+def rkd() -> list[Call]:
+    """Several tiles of pairs; rows that do not count or weigh more."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {"mask": row_mask(generator, (150,), 40), "row_weight": torch.rand(150, generator=generator)}
+    names = ("rkd_loss", "rkd_distance_loss", "rkd_angle_loss")
+    calls = [Call(name, (150,), 40, options) for name, options in product(names, ({}, rows))]
+    return calls
+
+
 def rkd_sequence() -> list[Call]:
     """A teacher two blocks wide beside a student of one; a mask of the padding."""
     mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.8
@@ -121,6 +130,7 @@ CALLS: dict[str, Callable[[], list[Call]]] = {
     "features": features,
     "kl": kl,
     "relation": relation,
+    "rkd": rkd,
     "rkd_sequence": rkd_sequence,
     "topk_kl": topk_kl,
 }

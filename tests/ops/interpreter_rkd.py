@@ -142,9 +142,7 @@ def test_both_kinds_of_cosines_are_reached():
         for x, expected in ((two_scales(10, 3), True), (features(10, 100), False)):
             of = triton_kernels._pairs(x.float())
             sums, wide = torch.empty(2, 10), torch.empty(10, dtype=torch.int32)
-            triton_kernels._launch(
-                triton_kernels._rows_kernel,
-                (10,),
+            triton_kernels._rows_kernel[(10,)](
                 sums[0],
                 sums[1],
                 wide,
@@ -155,6 +153,7 @@ def test_both_kinds_of_cosines_are_reached():
                 None,
                 10,
                 BLOCK=16,
+                **triton_kernels.OPTIONS["_rows_kernel"],
             )
             assert wide.bool().any() == expected
             torch.testing.assert_close(
@@ -189,3 +188,9 @@ def test_no_rows_and_no_width():
     assert value == 0 and gradient.shape == (0, 3)
     value, gradient = launch(torch.zeros(4, 0), torch.zeros(4, 0), "both")
     assert value == 0 and gradient.shape == (4, 0)
+
+
+def test_terms_of_weight_0_are_left_out():
+    with np.errstate(all="ignore"):
+        value, gradient = triton_kernels.rkd(*pair(4), None, None, None, 0.0, 0.0, True, True)
+    assert value == 0 and (gradient == 0).all()

@@ -23,6 +23,7 @@ from torch import Tensor
 # The largest ratio of distances from one apex for which high alone keeps the cosines to a few roundings.
 WIDE_RATIO = tl.constexpr(8.0)
 SMALLEST_NORM = tl.constexpr(1e-12)
+SIZES = ["n", "apexes"]  # another batch size is not another kernel
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _huber(e, slope):
 
 
 # Reads x, D by N, once for each tile; writes three N x N matrices. N^2 D / 2 differences and FMAs in float64.
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _distances_kernel(high_ptr, low_ptr, r_ptr, x_ptr, n, d, BLOCK: tl.constexpr):
     """Tile (i, k), i <= k, of a and r, and its mirror image. x is transposed: column i is row i of the batch."""
     if tl.program_id(0) > tl.program_id(1):
@@ -92,7 +93,7 @@ def _inverse_mean(total, n_kept):
 
 
 # Reads two matrices a side once: what follows from the distances of one row.
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _rows_kernel(
     sum_s_ptr, sum_t_ptr, wide_ptr, high_s_ptr, r_s_ptr, high_t_ptr, r_t_ptr, keep_ptr, n, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -132,7 +133,7 @@ def _relative(high_s, high_t, inverse_s, inverse_t):
 
 
 # Reads one matrix a side once.
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _distance_loss_kernel(
     loss_ptr, slope_ptr, high_s_ptr, high_t_ptr, total_s_ptr, total_t_ptr, kept_ptr, weight_ptr, n, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -226,7 +227,7 @@ def _apex_sums(
     return tl.sum(sum_r, axis=1), tl.sum(sum_cos, axis=1), tl.sum(sum_h, axis=1), a_i, r_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _apex_kernel(
     grad_ptr, loss_ptr, high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, wide_ptr, weight_ptr,
     apexes_ptr, factor_ptr, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -282,7 +283,7 @@ def _pair_term(
     return (g * r_i[:, None]) * r_k[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pair_kernel(
     grad_ptr, from_apex_ptr, high_s_ptr, low_s_ptr, r_s_ptr, high_t_ptr, low_t_ptr, r_t_ptr, wide_ptr, weight_ptr,
     apexes_ptr, angle_ptr, total_s_ptr, total_t_ptr, kept_ptr, keep_ptr, distance_ptr, slope_ptr, n, apexes,
@@ -334,7 +335,7 @@ def _pair_kernel(
 
 
 # Reads the gradient of the pairs once for each block of features. N^2 D differences and FMAs.
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pull_kernel(out_ptr, grad_ptr, x_ptr, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """out_i = sum_k grad_ik (x_i - x_k), of x (n, d); grad is symmetric, so its row k is read."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -352,21 +353,21 @@ def _pull_kernel(out_ptr, grad_ptr, x_ptr, n, d, ROWS: tl.constexpr, WIDTH: tl.c
     tl.store(out_ptr + at, total, mask=here)
 
 
-# Tiles, unmeasured: 16 elements a thread, whose sums and operands fit in 128 registers.
+# Tiles, unmeasured: 8 or 16 elements a thread, whose sums, operands and 64-bit addresses fit in its registers.
 DISTANCE_BLOCK, ROW_BLOCK = 64, 1024
-APEX_ROWS, APEX_COLUMNS = 32, 64
+APEX_ROWS, APEX_COLUMNS = 32, 32
 PAIR_BLOCK = 32
-PULL_ROWS, PULL_WIDTH = 32, 64
-OPTIONS: dict[str, dict[str, Any]] = {
-    "_distances_kernel": {"num_warps": 8},
-    "_rows_kernel": {"num_warps": 4},
-    "_distance_loss_kernel": {"num_warps": 4},
-    "_apex_kernel": {"num_warps": 4},
-    "_pair_kernel": {"num_warps": 4},
-    "_pull_kernel": {"num_warps": 4},
-}
+PULL_ROWS, PULL_WIDTH = 32, 32
 # Sums of a difference and what it lost are the point of the wide cosines; tl.fma stands where one is wanted.
 FUSION = {"enable_fp_fusion": False}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "_distances_kernel": {"num_warps": 8, **FUSION},
+    "_rows_kernel": {"num_warps": 4, **FUSION},
+    "_distance_loss_kernel": {"num_warps": 4, **FUSION},
+    "_apex_kernel": {"num_warps": 4, **FUSION},
+    "_pair_kernel": {"num_warps": 4, **FUSION},
+    "_pull_kernel": {"num_warps": 4, **FUSION},
+}
 
 
 def rkd(
@@ -396,12 +397,22 @@ def rkd(
 
     with torch.cuda.device_of(student):
         of_student, of_teacher = _pairs(x_student), _pairs(x_teacher)
-        sums = torch.empty(2, n, dtype=torch.float32, device=device)
+        # Two tensors: the second half of one would begin anywhere.
+        sums = [torch.empty(n, dtype=torch.float32, device=device) for _ in range(2)]
         wide = torch.empty(n, dtype=torch.int32, device=device)
-        _launch(
-            _rows_kernel, (n,), sums[0], sums[1], wide, of_student[0], of_student[2], of_teacher[0], of_teacher[2],
-            keep, n, BLOCK=ROW_BLOCK,
-        )  # fmt: skip
+        _rows_kernel[(n,)](
+            sums[0],
+            sums[1],
+            wide,
+            of_student[0],
+            of_student[2],
+            of_teacher[0],
+            of_teacher[2],
+            keep,
+            n,
+            BLOCK=ROW_BLOCK,
+            **OPTIONS["_rows_kernel"],
+        )
         matrices = (*of_student, *of_teacher)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         chosen = n if apexes is None else apexes.numel()
@@ -413,39 +424,71 @@ def rkd(
             angle = angle_weight / (count * kept.square().clamp(min=1)) if mean else angle_weight * kept / count
             blocks = triton.cdiv(n, APEX_ROWS)
             losses = torch.empty(chosen, blocks, dtype=torch.float32, device=device)
-            _launch(
-                _apex_kernel, (chosen, blocks), from_apex, losses, *matrices, wide, weight, apexes, angle.float(), n,
-                ROWS=APEX_ROWS, COLUMNS=APEX_COLUMNS,
-            )  # fmt: skip
+            _apex_kernel[(chosen, blocks)](
+                from_apex,
+                losses,
+                *matrices,
+                wide,
+                weight,
+                apexes,
+                angle.float(),
+                n,
+                ROWS=APEX_ROWS,
+                COLUMNS=APEX_COLUMNS,
+                **OPTIONS["_apex_kernel"],
+            )
             loss += angle * losses.sum(dtype=torch.float64)
-        totals = sums.sum(dim=1, dtype=torch.float64)
+        totals = [side.sum(dtype=torch.float64) for side in sums]
         distance, slope = kept.new_zeros(()), kept.new_zeros(())
         if distance_weight != 0:
             distance = distance_weight / kept.square().clamp(min=1) if mean else kept.new_tensor(distance_weight)
-            rows = torch.empty(2, n, dtype=torch.float32, device=device)
-            _launch(
-                _distance_loss_kernel, (n,), rows[0], rows[1], of_student[0], of_teacher[0], totals[0:], totals[1:],
-                kept, weight, n, BLOCK=ROW_BLOCK,
-            )  # fmt: skip
-            values, slopes = rows.sum(dim=1, dtype=torch.float64)
-            loss, slope = loss + distance * values, slopes
-        if needs_grad:
+            values, slopes = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+            _distance_loss_kernel[(n,)](
+                values,
+                slopes,
+                of_student[0],
+                of_teacher[0],
+                totals[0],
+                totals[1],
+                kept,
+                weight,
+                n,
+                BLOCK=ROW_BLOCK,
+                **OPTIONS["_distance_loss_kernel"],
+            )
+            loss += distance * values.sum(dtype=torch.float64)
+            slope = slopes.sum(dtype=torch.float64)
+        if needs_grad and (angle_weight != 0 or distance_weight != 0):
             pairs = torch.empty(n, n, dtype=torch.float32, device=device)
             blocks = triton.cdiv(n, PAIR_BLOCK)
-            _launch(
-                _pair_kernel, (blocks, blocks), pairs, from_apex, *matrices, wide, weight, apexes, angle.float(),
-                totals[0:], totals[1:], kept, keep, distance.float(), slope, n, chosen,
-                BLOCK=PAIR_BLOCK, ANGLE=angle_weight != 0, DISTANCE=distance_weight != 0,
-            )  # fmt: skip
+            _pair_kernel[(blocks, blocks)](
+                pairs,
+                from_apex,
+                *matrices,
+                wide,
+                weight,
+                apexes,
+                angle.float(),
+                totals[0],
+                totals[1],
+                kept,
+                keep,
+                distance.float(),
+                slope,
+                n,
+                chosen,
+                BLOCK=PAIR_BLOCK,
+                ANGLE=angle_weight != 0,
+                DISTANCE=distance_weight != 0,
+                **OPTIONS["_pair_kernel"],
+            )
             d = x_student.shape[1]
             if d > 0:
                 grid = (triton.cdiv(n, PULL_ROWS), triton.cdiv(d, PULL_WIDTH))
-                _launch(_pull_kernel, grid, grad, pairs, x_student, n, d, ROWS=PULL_ROWS, WIDTH=PULL_WIDTH)
+                _pull_kernel[grid](
+                    grad, pairs, x_student, n, d, ROWS=PULL_ROWS, WIDTH=PULL_WIDTH, **OPTIONS["_pull_kernel"]
+                )
     return loss.float(), grad
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-    kernel[grid](*arguments, **constants, **OPTIONS[kernel.fn.__name__], **FUSION)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -460,5 +503,7 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     high, low, r = (torch.empty(n, n, dtype=torch.float32, device=x.device) for _ in range(3))
     blocks = triton.cdiv(n, DISTANCE_BLOCK)
     transposed = x.t().contiguous()
-    _launch(_distances_kernel, (blocks, blocks), high, low, r, transposed, n, d, BLOCK=DISTANCE_BLOCK)
+    _distances_kernel[(blocks, blocks)](
+        high, low, r, transposed, n, d, BLOCK=DISTANCE_BLOCK, **OPTIONS["_distances_kernel"]
+    )
     return high, low, r
