@@ -51,8 +51,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def is_differentiable(name: str, value: object) -> bool:
-    """Whether a gradient flows to the argument: the student's side, or the one set of features there is."""
-    return isinstance(value, Tensor) and value.is_floating_point() and name.split("_")[0] in ("student", "features")
+    """Whether a gradient flows to the argument: the student's side, or features and what they are compared to."""
+    sides = ("student", "features", "keys")
+    return isinstance(value, Tensor) and value.is_floating_point() and name.split("_")[0] in sides
 
 
 def cast(

@@ -126,8 +126,53 @@ def rkd_sequence() -> list[Call]:
     ]
 
 
+def signs(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Tensor:
+    """Rows of 1 and -1: where the width is a power of 4, similarities are exact in every dtype, and many are equal.
+
+    So one list of neighbours is right, and every way to sum finds it.
+    """
+    return torch.randint(2, (*leading, width), generator=generator).double() * 2 - 1
+
+
+def graph() -> list[Call]:
+    def features(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Inputs:
+        return {"features": signs(generator, leading, width)}
+
+    def equal(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Inputs:
+        return {"features": signs(generator, (1,), width).expand(*leading, width)}
+
+    def memory(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Inputs:
+        return {"features": signs(generator, leading, width), "keys": signs(generator, (1300,), width)}
+
+    def labelled(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Inputs:
+        labels = torch.randint(3, leading, generator=generator)
+        return {"features": signs(generator, leading, width), "labels": labels}
+
+    def pair(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Inputs:
+        student = torch.randn(*leading, width, generator=generator, dtype=torch.float64)
+        return {"student": student, "teacher": signs(generator, leading, width)}
+
+    calls = []
+    rows = (1100,)  # more pairs than are stored
+    for metric in ("cosine", "dot", "euclidean"):
+        common: dict[str, Any] = {"metric": metric}
+        for k, width in ((20, 64), (64, 16), (128, 16)):  # the sanitizers take the first
+            for itself in (False, True):
+                options = {**common, "k": k, "include_self": itself}
+                calls.append(Call("similarity_graph", rows, width, options, features))
+            calls.append(Call("graph_distillation_loss", rows, width, {**common, "k": k}, pair))
+            calls.append(Call("hardest_negatives", rows, width, {**common, "k": k}, labelled))
+        for itself in (False, True):
+            options = {**common, "k": 20, "include_self": itself, "precision": "tf32"}
+            calls.append(Call("similarity_graph", rows, 16, options, features))
+        calls.append(Call("similarity_graph", rows, 64, {**common, "k": 20}, memory))
+        calls.append(Call("similarity_graph", rows, 64, {**common, "k": 7}, equal))  # more than a buffer holds
+    return calls
+
+
 CALLS: dict[str, Callable[[], list[Call]]] = {
     "features": features,
+    "graph": graph,
     "kl": kl,
     "relation": relation,
     "rkd": rkd,

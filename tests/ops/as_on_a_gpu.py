@@ -7,6 +7,9 @@ looks at no device: functions, autograd and launchers are those of a GPU.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -37,6 +40,24 @@ def as_on_a_gpu(op: str, tensor: Tensor) -> str:
     asked.add(op)
     able = op in OPS and tensor.dtype != torch.float64
     return backends.TRITON if able else backends.REFERENCE
+
+
+# Up to how much a launcher takes another way; tests have no more.
+LIMITS = {"graph": "PLAIN_PAIRS"}
+
+
+@contextmanager
+def large() -> Iterator[None]:
+    """Launchers take the way of large batches whatever the size."""
+    modules = {op: import_module(f"kdfast.ops.{op}.triton_kernels") for op in LIMITS}
+    before = {op: getattr(module, LIMITS[op]) for op, module in modules.items()}
+    try:
+        for op, module in modules.items():
+            setattr(module, LIMITS[op], 0)
+        yield
+    finally:
+        for op, module in modules.items():
+            setattr(module, LIMITS[op], before[op])
 
 
 backends.select = as_on_a_gpu

@@ -12,15 +12,16 @@ from torch import Tensor
 from kdfast import reference
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.graph import METRICS, triton_kernels
-from kdfast.ops.graph.triton_kernels import Tiling
+from kdfast.ops.graph.triton_kernels import Selection, Tiling
 
 assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
 
 # Several tiles either way, and a width that is no multiple of the depth.
-TILE = Tiling(16, 16, 16, 1, 1)
+TILE = Tiling(16, 16, 16, 1, 1, "ieee")
 N, WIDTH = 14, 21
 # How the columns reach the selection: two looks at tiles, buffers that overflow, or all of the matrix at once.
-PATHS = {"tiles": (((128, 2, 16),), 0), "overflow": (((128, 2, 8),), 0), "plain": (((128, 2, 16),), 10**9)}
+# Buffer of a row, and up to how many pairs the matrix is stored.
+PATHS = {"tiles": (16, 0), "overflow": (8, 0), "plain": (16, 10**9)}
 
 path = pytest.mark.parametrize("path", PATHS)
 metric = pytest.mark.parametrize("metric", METRICS)
@@ -33,6 +34,21 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch):
+    take(monkeypatch, "tiles")
+
+
+def take(monkeypatch, path):
+    capacity, pairs = PATHS[path]
+    monkeypatch.setattr(triton_kernels, "SELECTIONS", (Selection(8, 2, capacity), Selection(16, 2, capacity)))
+    monkeypatch.setattr(triton_kernels, "PLAIN_PAIRS", pairs)
+    monkeypatch.setattr(
+        triton_kernels, "tiling", lambda dtype, ieee: TILE._replace(precision="ieee" if ieee else "tf32")
+    )
+    monkeypatch.setattr(triton_kernels, "BINS_SPLITS", 2)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -42,11 +58,7 @@ def integers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def launch(monkeypatch, path, x, k, metric, *, keys=None, labels=None, include_self=False, ieee=True):
-    selections, pairs = PATHS[path]
-    monkeypatch.setattr(triton_kernels, "tiling", lambda dtype, ieee: TILE)
-    monkeypatch.setattr(triton_kernels, "SELECTIONS", selections)
-    monkeypatch.setattr(triton_kernels, "PLAIN_PAIRS", pairs)
-    monkeypatch.setattr(triton_kernels, "BINS_SPLITS", 2)
+    take(monkeypatch, path)
     with np.errstate(all="ignore"):
         return triton_kernels.graph(x, keys, labels, k, METRICS[metric], include_self, ieee)
 
@@ -101,6 +113,56 @@ def test_equal_rows_have_equal_bits(monkeypatch, path):
     for row in range(N):
         assert values[row].unique().numel() == 1
         assert indices[row].tolist() == [j for j in range(row % 4, N, 4) if j != row][:2]
+
+
+@path
+def test_a_negative_zero_is_the_same_zero(monkeypatch, path):
+    x = torch.tensor([[1e19, 0.0, 1e-4], [0.0, 1e19, -1e-4], [0.0, 0.0, 0.0]])  # -1e-46 rounds to -0, before 0
+    values, indices = launch(monkeypatch, path, x, 1, "cosine")
+    assert indices[0] == 1 and values[0] == 0
+
+
+@path
+@pytest.mark.parametrize("include_self", [False, True])
+def test_more_equal_rows_than_a_buffer_holds(monkeypatch, path, include_self):
+    x = integers(1, 4, seed=1).expand(N, 4)
+    for name in ("dot", "euclidean"):
+        values, indices = launch(monkeypatch, path, x, 6, name, include_self=include_self)
+        assert values.unique().numel() == 1
+        for row in range(N):
+            assert indices[row].tolist() == [j for j in range(N) if include_self or j != row][:6]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_first_look_sees_every_stride_th_tile(stride):
+    """What it leaves out costs no neighbour, only work: so it is looked at here."""
+    x, y, splits, width = normal(N, 4), normal(70, 4, seed=1), 2, TILE.bn
+    bins, ones = torch.empty(N, splits * width), torch.ones(70)
+    sizes = {"BM": TILE.bm, "BN": TILE.bn, "BD": TILE.bd}
+    triton_kernels._bounds_kernel[(1, splits)](
+        x, y, ones, ones, None, bins, N, len(y), 4, stride, METRIC=METRICS["dot"], PRECISION="ieee", SELF=True, **sizes
+    )
+    scores = torch.nn.functional.pad(x @ y.T, (0, -70 % width), value=-math.inf).unflatten(1, (-1, width))
+    for split in range(splits):
+        expected = scores[:, split * stride :: splits * stride].amax(1)
+        torch.testing.assert_close(bins[:, split * width : (split + 1) * width], expected)
+
+
+@metric
+def test_better_rows_where_the_limits_do_not_look(monkeypatch, metric):
+    """The tile in the middle has them all, more than a buffer holds; what follows in memory is better still."""
+    n, k = 40, 2
+    memory = torch.rand(64, WIDTH, generator=torch.Generator().manual_seed(4)) + 0.1
+    memory[n:] = 3.0
+    x = memory[:n]
+    x[:16] -= 4
+    x[32:] -= 4
+    labels = torch.arange(n) % 3
+    assert_reference(launch(monkeypatch, "overflow", x, k, metric), reference.similarity_graph(x, k, metric=metric))
+    got = launch(monkeypatch, "overflow", x[16:22], k, metric, keys=x)
+    assert_reference(got, reference.similarity_graph(x[16:22], k, metric=metric, keys=x))
+    got = launch(monkeypatch, "overflow", x, k, metric, labels=labels)
+    assert_reference(got, reference.hardest_negatives(x, labels, k, metric=metric))
 
 
 @path
@@ -163,6 +225,20 @@ def test_gradients_are_the_reference_s(metric, with_keys, dtype):
     assert (got[0][3] == 0).all() or metric != "cosine"
 
 
+def test_a_row_shorter_than_eps_is_divided_by_eps_which_is_constant(monkeypatch):
+    x = normal(N, WIDTH)
+    x[3] *= 1e-13 / x[3].norm()
+    leaf = x.double().requires_grad_()
+    expected = reference.similarity_graph(leaf, 6, metric="cosine")
+    values, indices = launch(monkeypatch, "overflow", x, 6, "cosine")
+    assert_reference((values, indices), (expected.values.detach(), expected.indices))
+    upstream = normal(N, 6, seed=2)
+    (truth,) = torch.autograd.grad(expected.values, leaf, upstream.double())
+    grad, _ = triton_kernels.graph_backward(x, None, values, indices, upstream, METRICS["cosine"], True, False)
+    for row in (3, 4):  # a gradient of 1e12, and one beside it
+        torch.testing.assert_close(grad[row].double(), truth[row], rtol=1e-4, atol=1e-4 * float(truth[row].abs().max()))
+
+
 def test_a_missing_neighbour_passes_no_gradient():
     x, upstream = normal(6, 5), torch.ones(6, 2)
     indices = torch.tensor([[1, -1]] * 6)
@@ -179,12 +255,14 @@ def test_the_loss_and_its_gradient_are_the_reference_s(metric, reduction):
     student, teacher, k, temperature = normal(30, 70), normal(30, 9, seed=1), 6, 0.5
     student[4] = student[5]
     graph = reference.similarity_graph(teacher, k, metric=metric)
-    weight = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
+    weight = None
+    if reduction != "sum":
+        weight = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
     leaf = student.double().requires_grad_()
     s = reference.relations.similarity_matrix(leaf, leaf, metric).gather(1, graph.indices)
     t = graph.values.double() * (-1 if metric == "euclidean" else 1)
     log_s, log_t = (torch.log_softmax(z / temperature, dim=1) for z in (s, t))
-    rows = (log_t.exp() * (log_t - log_s)).sum(1) * weight
+    rows = (log_t.exp() * (log_t - log_s)).sum(1) * (1 if weight is None else weight)
     expected = {"none": rows, "sum": rows.sum(), "batchmean": rows.mean()}[reduction]
     (truth,) = torch.autograd.grad(expected.sum(), leaf)
     for needs_grad in (False, True):

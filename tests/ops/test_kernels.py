@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import resources
-from kernels import OPS, PENDING, SOURCES, Function, choice, default_builds, every_build, functions, outcomes
+from kernels import OPS, SOURCES, Function, choice, default_builds, every_build, functions, outcomes
 from triton_support import TARGETS, Record, compile_all, needs_triton, run_alone, run_in_interpreter
 
 from kdfast import backends
@@ -43,18 +43,13 @@ def choices(launches: Any) -> set[tuple[str, Any]]:
 
 
 def test_the_table_of_backends_and_the_sources_name_the_same_ops():
-    assert {*OPS, *PENDING} == {op for op, kernels in backends.KERNELS.items() if backends.TRITON in kernels}
+    assert set(OPS) == {op for op, kernels in backends.KERNELS.items() if backends.TRITON in kernels}
 
 
 @every_op
 def test_every_op_has_its_files(op):
     for name in (f"test_{op}_triton.py", f"interpreter_{op}.py", f"resources/{op}.txt"):
         assert (HERE / name).exists(), name
-
-
-@pytest.mark.parametrize("op", PENDING)
-def test_what_has_a_record_is_pending_no_more(op):
-    assert not (HERE / f"resources/{op}.txt").exists()
 
 
 @every_op

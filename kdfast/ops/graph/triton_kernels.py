@@ -69,12 +69,13 @@ def _combine(product, a, b, METRIC: tl.constexpr):
 def _admitted(rows, columns, n, m, labels_ptr, SELF: tl.constexpr):
     """(rows, columns): whether a column may be a neighbour."""
     keep = (rows < n)[:, None] & (columns < m)[None, :]
-    if not SELF:
-        keep = keep & (rows[:, None] != columns[None, :])
-    if labels_ptr is not None:
-        own = tl.load(labels_ptr + rows, mask=rows < n, other=0)
-        other = tl.load(labels_ptr + columns, mask=columns < m, other=0)
+    if labels_ptr is not None:  # which leave out the row itself
+        # Of the last row past the end: no mask, which AMD's scalar registers have no room for.
+        own = tl.load(labels_ptr + tl.minimum(rows, n - 1))
+        other = tl.load(labels_ptr + tl.minimum(columns, m - 1))
         keep = keep & (own[:, None] != other[None, :])
+    elif not SELF:
+        keep = keep & (rows[:, None] != columns[None, :])
     return keep
 
 
@@ -113,7 +114,7 @@ def _coefficients_kernel(x_ptr, out_ptr, width, METRIC: tl.constexpr, BD: tl.con
     tl.store(out_ptr + row, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "stride"])
 def _bounds_kernel(
     x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, bins_ptr, n, m, width, stride,
     METRIC: tl.constexpr, PRECISION: tl.constexpr, SELF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -135,7 +136,7 @@ def _bounds_kernel(
     tl.store(bins_ptr + rows[:, None] * bins + lanes[None, :], largest, mask=(rows < n)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _limits_kernel(bins_ptr, limits_ptr, a_ptr, k, error, METRIC: tl.constexpr, BINS: tl.constexpr):
     """The k-th largest of a row's bins. For distances lowered by what rounding may have added: see ``rounding``."""
     row = tl.program_id(0).to(tl.int64)
@@ -151,11 +152,11 @@ def _limits_kernel(bins_ptr, limits_ptr, a_ptr, k, error, METRIC: tl.constexpr, 
     tl.store(limits_ptr + row, limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _hits_kernel(
-    x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, limits_ptr, counts_ptr, keys_ptr, n, m, width,
-    METRIC: tl.constexpr, PRECISION: tl.constexpr, SELF: tl.constexpr, CAPACITY: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, limits_ptr, counts_ptr, keys_ptr, capacity, n, m, width,
+    METRIC: tl.constexpr, PRECISION: tl.constexpr, SELF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """Appends the keys of what is not below the row's limit; counts[row] goes on counting past the capacity."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -168,7 +169,7 @@ def _hits_kernel(
     hit = _admitted(rows, columns, n, m, labels_ptr, SELF) & (below == 0)  # a NaN is not below
     place = tl.atomic_add(counts_ptr + rows[:, None] + tl.zeros([BM, BN], tl.int64), 1, mask=hit, sem="relaxed")
     keys = _key(scores, columns[None, :] + tl.zeros([BM, BN], tl.int64))
-    tl.store(keys_ptr + rows[:, None] * CAPACITY + place, keys, mask=hit & (place < CAPACITY))
+    tl.store(keys_ptr + rows[:, None] * capacity + place, keys, mask=hit & (place < capacity))
 
 
 @triton.jit
@@ -191,7 +192,7 @@ def _row_scores(
     return _combine(total, tl.load(a_ptr + row), tl.load(b_ptr + columns, mask=present, other=0.0), METRIC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "k"])
 def _select_kernel(
     x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, counts_ptr, keys_ptr, values_ptr, indices_ptr, m, width, k,
     METRIC: tl.constexpr, SELF: tl.constexpr, CAPACITY: tl.constexpr, BD: tl.constexpr,
@@ -200,7 +201,8 @@ def _select_kernel(
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CAPACITY)
     count = tl.load(counts_ptr + row)
-    if count <= CAPACITY:
+    fits = count <= CAPACITY
+    if fits:
         present = lanes < count
         best = tl.load(keys_ptr + row * CAPACITY + lanes, mask=present, other=NOTHING)
         if METRIC == EUCLIDEAN:
@@ -212,11 +214,10 @@ def _select_kernel(
         for start in range(0, m, CAPACITY):
             columns = (start + lanes).to(tl.int64)
             present = columns < m
-            if not SELF:
-                present = present & (columns != row)
             if labels_ptr is not None:
-                label = tl.load(labels_ptr + columns, mask=present, other=0)
-                present = present & (label != tl.load(labels_ptr + row))
+                present = present & (tl.load(labels_ptr + columns, mask=present, other=0) != tl.load(labels_ptr + row))
+            elif not SELF:
+                present = present & (columns != row)
             scores = _row_scores(x_ptr, y_ptr, a_ptr, b_ptr, row, columns, present, width, METRIC, CAPACITY, BD)
             more = tl.where(present, _key(scores, columns), NOTHING)
             # The larger of what one order and the reverse order hold at each place are the largest of both.
@@ -231,12 +232,15 @@ def _select_kernel(
 
 
 # Reads each row and its k neighbours once; writes k values and k slopes.
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _edges_kernel(
     x_ptr, a_ptr, teacher_ptr, indices_ptr, weight_ptr, loss_ptr, values_ptr, slopes_ptr, width, k, inverse_temperature,
-    factor, METRIC: tl.constexpr, NEEDS_GRAD: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
+    factor, METRIC: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """KL(teacher || student) of a row's edges, times ``factor`` and its weight, and its gradient by similarities."""
+    """KL(teacher || student) of a row's edges, times ``factor`` and its weight.
+
+    Similarities and the loss's gradient by them go to ``values_ptr`` and ``slopes_ptr``; both None: no gradient.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, K)
     present = lanes < k
@@ -257,7 +261,7 @@ def _edges_kernel(
     if weight_ptr is not None:
         weight = factor * tl.load(weight_ptr + row).to(tl.float32)
     tl.store(loss_ptr + row, weight * (tl.sum(terms, axis=0) + tl.log(sum_student) - tl.log(sum_teacher)))
-    if NEEDS_GRAD:
+    if slopes_ptr is not None:
         slope = weight * inverse_temperature * (p_student - p_teacher)
         if METRIC == EUCLIDEAN:
             slope, scores = -slope, -scores
@@ -288,10 +292,12 @@ def _edge_sum(
 
 # Reads the k rows of the edges that begin in a row and those of the edges that end in it, a slice of BD columns at a
 # time; writes the gradient once. Edges are summed in a fixed order.
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _gradient_kernel(
-    x_ptr, y_ptr, a_ptr, b_ptr, indices_ptr, order_ptr, begin_ptr, values_ptr, slopes_ptr, grad_ptr, width, k,
-    METRIC: tl.constexpr, OUTGOING: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
+    x_ptr, y_ptr, a_ptr, b_ptr,
+    indices_ptr,  # None: no edges begin here
+    order_ptr, begin_ptr,  # None: none end here
+    values_ptr, slopes_ptr, grad_ptr, width, k, METRIC: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -299,7 +305,7 @@ def _gradient_kernel(
     x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
     total = tl.zeros([BD], tl.float32)
     along = 0.0
-    if OUTGOING:
+    if indices_ptr is not None:
         edges = row * k + lanes
         others = tl.load(indices_ptr + edges, mask=lanes < k, other=-1)
         total, along = _edge_sum(
@@ -329,22 +335,34 @@ class Tiling(NamedTuple):
     bd: int
     num_warps: int
     num_stages: int
+    precision: str  # of a product of float32
 
 
 # Unmeasured, all of it. A row of a factor is 128 bytes at a time on tensor cores; ieee products of float32 run on the
 # ordinary units, in small tiles whose sums fit in registers.
 TILINGS = {
-    "half": Tiling(128, 64, 64, 8, 3),
-    "tf32": Tiling(128, 64, 32, 8, 3),
-    "ieee float32": Tiling(64, 64, 16, 8, 2),
+    "half": Tiling(128, 64, 64, 8, 3, "ieee"),
+    "tf32": Tiling(128, 64, 32, 8, 3, "tf32"),
+    "ieee float32": Tiling(64, 64, 16, 8, 2, "ieee"),
 }
-# (largest k, every how many tiles the limits look at, buffer of a row). About stride * k columns reach a limit.
+
+
+class Selection(NamedTuple):
+    """For up to ``k`` neighbours: every how many tiles the limits look at, and the buffer of a row."""
+
+    k: int  # what is made of a row's edges takes as many at a time
+    stride: int
+    capacity: int
+
+
+# About stride * k columns reach a limit.
 # A selection in CUDA C++ over tiles of cuBLAS waits for measurements too: it can save the first look, which is 1 /
 # stride of the product, and the counters; with tl.dot near the bare product that is at most about a third.
-SELECTIONS = ((32, 4, 256), (64, 4, 512), (128, 2, 1024))
+SELECTIONS = (Selection(32, 4, 256), Selection(64, 4, 512), Selection(128, 2, 1024))
 # Up to this many pairs the matrix is stored and sorted: there launches cost more than memory.
 PLAIN_PAIRS = 2**20
 BINS_SPLITS = 8  # programs along the columns that share a row's limits
+COEFFICIENTS_BLOCK = 256  # columns of a row that are squared at a time
 ROW_BLOCK = 64  # columns of a row that one program reads at a time
 ROW_WARPS = 4
 SELECT_BLOCK = 8  # columns of a row's whole buffer: 32 numbers a thread
@@ -356,6 +374,10 @@ def tiling(dtype: torch.dtype, ieee: bool) -> Tiling:
     return TILINGS["ieee float32" if ieee else "tf32"]
 
 
+def selection(k: int) -> Selection:
+    return next(line for line in SELECTIONS if k <= line.k)
+
+
 def rounding(width: int, dtype: torch.dtype, ieee: bool) -> float:
     """Error of a tile's squared distance, over |x|^2 + |y|^2: float32 sums, and factors rounded to tf32's 11 bits."""
     return (width + 8) * 2.0**-23 + (2.0**-9 if dtype == torch.float32 and not ieee else 0.0)
@@ -364,7 +386,9 @@ def rounding(width: int, dtype: torch.dtype, ieee: bool) -> float:
 def coefficients(x: Tensor, metric: int) -> Tensor:
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
-        _coefficients_kernel[(x.shape[0],)](x, out, x.shape[1], METRIC=metric, BD=256)
+        _coefficients_kernel[(x.shape[0],)](
+            x, out, x.shape[1], METRIC=metric, BD=COEFFICIENTS_BLOCK, num_warps=ROW_WARPS
+        )
     return out
 
 
@@ -388,7 +412,8 @@ def graph(
     if n == 0:
         return values, indices
     own = include_self or keys is not None
-    with torch.cuda.device_of(x):
+    # The product in _plain is PyTorch's, which autocast would round.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if n * m <= PLAIN_PAIRS:
             return _plain(x, y, labels, k, metric, own, ieee)
         _stream(x, y, labels, k, metric, own, ieee, values, indices)
@@ -409,7 +434,7 @@ def _stream(
     """The selection in tiles, into ``values`` and ``indices``."""
     n, m, width = x.shape[0], y.shape[0], x.shape[1]
     tile = tiling(x.dtype, ieee)
-    stride, capacity = next((stride, capacity) for largest, stride, capacity in SELECTIONS if k <= largest)
+    _, stride, capacity = selection(k)
     stride = max(1, min(stride, m // (8 * k)))
     factors = (x, y)
     if metric == EUCLIDEAN.value and x.dtype == torch.float32:  # cancels less; half types would be rounded again
@@ -421,7 +446,7 @@ def _stream(
     limits = torch.empty(n, dtype=torch.float32, device=x.device)
     counts = torch.zeros(n, dtype=torch.int32, device=x.device)
     found = torch.empty(n, capacity, dtype=torch.int64, device=x.device)
-    shared: dict[str, Any] = {"METRIC": metric, "PRECISION": "ieee" if ieee else "tf32", "SELF": own}
+    shared: dict[str, Any] = {"METRIC": metric, "PRECISION": tile.precision, "SELF": own}
     shared |= {"BM": tile.bm, "BN": tile.bn, "BD": tile.bd, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     rows = triton.cdiv(n, tile.bm)
     _bounds_kernel[(rows, BINS_SPLITS)](*factors, a, b, labels, bins, n, m, width, stride, **shared)
@@ -429,17 +454,22 @@ def _stream(
         bins, limits, a, k, rounding(width, x.dtype, ieee), METRIC=metric, BINS=bins.shape[1], num_warps=ROW_WARPS
     )
     _hits_kernel[(rows, triton.cdiv(m, tile.bn))](
-        *factors, a, b, labels, limits, counts, found, n, m, width, CAPACITY=capacity, **shared
+        *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
     )
+    nvidia = x.device.type == "cuda" and torch.version.hip is None
     _select_kernel[(n,)](
         x, y, a, b, labels, counts, found, values, indices, m, width, k,
-        METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, num_warps=select_warps(capacity),
+        METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, **select_options(capacity, nvidia),
     )  # fmt: skip
 
 
-def select_warps(capacity: int) -> int:
+def select_options(capacity: int, nvidia: bool) -> dict[str, int]:
     """At most 4 keys a thread: what sorting them takes fits in registers."""
-    return max(ROW_WARPS, capacity // 128)
+    options = {"num_warps": max(ROW_WARPS, capacity // 128)}
+    if nvidia:
+        # All that a program can have: ptxas otherwise spills some to let one more program onto the SM.
+        options["maxnreg"] = min(255, 65536 // (32 * options["num_warps"]))
+    return options
 
 
 def _plain(
@@ -497,8 +527,8 @@ def _gradient(
     b = a if own is other else coefficients(other, metric)
     width, k = own.shape[1], indices.shape[1]
     _gradient_kernel[(own.shape[0], triton.cdiv(width, ROW_BLOCK))](
-        own, other, a, b, indices, order, begin, values, slopes, grad, width, k,
-        METRIC=metric, OUTGOING=outgoing, K=triton.next_power_of_2(k), BD=ROW_BLOCK, num_warps=ROW_WARPS,
+        own, other, a, b, indices if outgoing else None, order, begin, values, slopes, grad, width, k,
+        METRIC=metric, K=selection(k).k, BD=ROW_BLOCK, num_warps=ROW_WARPS,
     )  # fmt: skip
     return grad
 
@@ -541,14 +571,13 @@ def graph_kl(
     x = student.contiguous()
     n, width, k = x.shape[0], x.shape[1], indices.shape[1]
     losses = torch.empty(n, dtype=torch.float32, device=x.device)
-    values, slopes = torch.empty(2, *(indices.shape if needs_grad else (1, 1)), dtype=torch.float32, device=x.device)
+    values, slopes = (torch.empty(indices.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     divisor = {REDUCTIONS["mean"]: n * width, REDUCTIONS["batchmean"]: n}.get(reduction, 1)
-    K = triton.next_power_of_2(k)
     with torch.cuda.device_of(x):
         _edges_kernel[(n,)](
-            x, coefficients(x, metric), teacher_values, indices, row_weight, losses, values, slopes, width, k,
-            1 / temperature, 1 / max(divisor, 1),
-            METRIC=metric, NEEDS_GRAD=needs_grad, K=K, BD=ROW_BLOCK, num_warps=ROW_WARPS,
+            x, coefficients(x, metric), teacher_values, indices, row_weight, losses,
+            *((values, slopes) if needs_grad else (None, None)), width, k, 1 / temperature, 1 / max(divisor, 1),
+            METRIC=metric, K=selection(k).k, BD=ROW_BLOCK, num_warps=ROW_WARPS,
         )  # fmt: skip
         grad = _gradient(x, x, indices, True, True, values, slopes, metric) if needs_grad else x.new_empty(0)
     return losses if reduction == REDUCTIONS["none"] else losses.sum(), grad
