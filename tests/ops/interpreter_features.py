@@ -17,7 +17,7 @@ from support import assert_parity
 assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SLOW = ("long rows", "long rows of the student", "one bin")  # thousands of pixels, one after the other
+SLOW = ("long rows", "long rows of the student", "long rows halved", "long rows quartered", "one bin")  # one by one
 
 
 @pytest.fixture(autouse=True)
