@@ -44,6 +44,7 @@ Step = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 ALLOCATORS = {"default": None, "huge pages": "1"}  # name -> value of that variable
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
+BUDGET = 6.0  # seconds to measure a case, where its script has no other
 SAMPLE_SECONDS = 0.01  # a sample repeats a short step this long, so that what ran before it cools nothing it needs
 SLOW_SECONDS, SLOW_ROUNDS = 0.8, 2  # one call of a slow candidate takes that long or more: it is measured in few rounds
 L2_FLUSH_BYTES = 256 * 2**20  # larger than the cache of any GPU
@@ -305,7 +306,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def parse(arguments: Sequence[str], budget: float = 6.0) -> argparse.Namespace:
+def parse(arguments: Sequence[str], budget: float = BUDGET) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes, short: whether it works, not how fast it is")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=[], metavar="ROWSxCLASSES", help="only these")
@@ -338,7 +339,7 @@ def run_workers(command: list[str], allocators: dict[str, str | None]) -> Iterat
             raise SystemExit(f"the measurement with {name} allocation failed; nothing is saved")
 
 
-def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]], budget: float = 6.0) -> None:
+def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]], budget: float = BUDGET) -> None:
     """Command line of the benchmark in file ``script``; ``cases`` lists how to build each, one at a time.
 
     ``budget``: seconds to measure each case, where the command line does not say.

@@ -83,6 +83,11 @@ def is_forced(backend: str) -> bool:
     return _forced == backend
 
 
+def on_nvidia(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on an NVIDIA GPU; PyTorch calls AMD's 'cuda' too."""
+    return tensor.device.type == "cuda" and torch.version.hip is None
+
+
 def extension_problem() -> str | None:
     """Why the compiled extension is missing, or None where it is loaded."""
     return _missing_extension

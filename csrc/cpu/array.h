@@ -9,6 +9,12 @@ namespace kdfast {
 
 constexpr std::align_val_t kLine{64};
 
+// `bytes` and what is left of their last line.
+constexpr int64_t whole_lines(int64_t bytes) {
+  constexpr int64_t line = static_cast<int64_t>(kLine);
+  return (bytes + line - 1) / line * line;
+}
+
 struct FreeLines {
   void operator()(void* data) const { ::operator delete(data, kLine); }
 };

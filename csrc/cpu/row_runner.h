@@ -57,7 +57,6 @@ class Workspace {
   std::vector<Moments> moments;
 
  private:
-  static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
   void* part(int i) const { return i < kept_ ? memory_.get() + i * bytes_ : nullptr; }
 
   int64_t bytes_;

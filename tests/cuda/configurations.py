@@ -113,8 +113,7 @@ def rkd() -> list[Call]:
     generator = torch.Generator().manual_seed(0)
     rows = {"mask": row_mask(generator, (150,), 40), "row_weight": torch.rand(150, generator=generator)}
     names = ("rkd_loss", "rkd_distance_loss", "rkd_angle_loss")
-    calls = [Call(name, (150,), 40, options) for name, options in product(names, ({}, rows))]
-    return calls
+    return [Call(name, (150,), 40, options) for name, options in product(names, ({}, rows))]
 
 
 def rkd_sequence() -> list[Call]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ torch.library.Library.impl = on_the_cpu_too
 from kernels import OPS  # noqa: E402
 
 from kdfast import backends  # noqa: E402
+from kdfast.ops.graph import triton_kernels as graph  # noqa: E402
 from kdfast.ops.relation import tiles  # noqa: E402
 
 asked: set[str] = set()  # ops that functions wanted to run
@@ -42,22 +42,14 @@ def as_on_a_gpu(op: str, tensor: Tensor) -> str:
     return backends.TRITON if able else backends.REFERENCE
 
 
-# Up to how much a launcher takes another way; tests have no more.
-LIMITS = {"graph": "PLAIN_PAIRS"}
-
-
 @contextmanager
 def large() -> Iterator[None]:
     """Launchers take the way of large batches whatever the size."""
-    modules = {op: import_module(f"kdfast.ops.{op}.triton_kernels") for op in LIMITS}
-    before = {op: getattr(module, LIMITS[op]) for op, module in modules.items()}
+    before, graph.PLAIN_PAIRS = graph.PLAIN_PAIRS, 0
     try:
-        for op, module in modules.items():
-            setattr(module, LIMITS[op], 0)
         yield
     finally:
-        for op, module in modules.items():
-            setattr(module, LIMITS[op], before[op])
+        graph.PLAIN_PAIRS = before
 
 
 backends.select = as_on_a_gpu

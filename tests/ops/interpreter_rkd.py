@@ -143,17 +143,7 @@ def test_both_kinds_of_cosines_are_reached():
             of = triton_kernels._pairs(x.float())
             sums, wide = torch.empty(2, 10), torch.empty(10, dtype=torch.int32)
             triton_kernels._rows_kernel[(10,)](
-                sums[0],
-                sums[1],
-                wide,
-                of[0],
-                of[2],
-                of[0],
-                of[2],
-                None,
-                10,
-                BLOCK=16,
-                **triton_kernels.OPTIONS["_rows_kernel"],
+                *sums, wide, of[0], of[2], of[0], of[2], None, 10, BLOCK=16, **triton_kernels.OPTIONS["_rows_kernel"]
             )
             assert wide.bool().any() == expected
             torch.testing.assert_close(

@@ -49,8 +49,12 @@ JITFunction.run = note
 
 
 def launched(name: str, rows: int, width: int, seed: int) -> list[str]:
-    """Keys of one forward and backward: of the sample of 6 rows, some left out or repeated."""
-    arguments = cast(of_rows(name, seed, rows, width), torch.bfloat16)
+    """Of the sample of 6 rows, some left out or repeated."""
+    return compiled_by(name, cast(of_rows(name, seed, rows, width), torch.bfloat16))
+
+
+def compiled_by(name: str, arguments: Mapping[str, Any]) -> list[str]:
+    """Keys of one forward and backward."""
     leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
     keys.clear()
     torch.autograd.grad(first_output(getattr(kdfast, name)(**arguments)).sum(), leaves)
@@ -81,11 +85,7 @@ def test_another_batch_size_compiles_nothing_in_any_configuration(op):
         seen = set()
         for rows in (n, n + 1, -(-(n + 2) // 16) * 16):
             inputs, options = call._replace(leading=(rows, *others)).arguments()
-            arguments = cast({**inputs, **options}, torch.bfloat16)
-            leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
-            keys.clear()
-            torch.autograd.grad(first_output(getattr(kdfast, call.function)(**arguments)).sum(), leaves)
-            seen.add(frozenset(keys))
+            seen.add(frozenset(compiled_by(call.function, cast({**inputs, **options}, torch.bfloat16))))
         assert len(seen) == 1, call
 
 
@@ -95,10 +95,7 @@ def test_the_calls_of_the_gpu_tests_reach_every_line_of_the_tables(op):
     for call in CALLS[op]():
         for dtype in DTYPES:
             inputs, options = call.arguments()
-            arguments = cast({**inputs, **options}, dtype)
-            leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
-            value = first_output(getattr(kdfast, call.function)(**arguments))
-            torch.autograd.grad(value.sum(), leaves)
+            compiled_by(call.function, cast({**inputs, **options}, dtype))
     module = import_module(f"kdfast.ops.{op}.triton_kernels")
     # Launches here are on no NVIDIA device, and AMD's builds have the same tables.
     builds = [build for build in every_build(op) if TARGETS[build.target][0] == "hip"]

@@ -37,7 +37,7 @@ def power_builds(target: str, dtype: str, pixels: int) -> Iterator[Build]:
     for power in POWERS:
         label, shape = f"{dtype} pixels={pixels} power={power}", {"POWER": power, "BC": bc, "BP": bp}
         pointers = {"map_ptr": f"*{dtype}", "a_ptr": "*fp32"}
-        yield build(f"{label}", "_power_kernel", target, pointers | sizes, *aligned, **shape)
+        yield build(label, "_power_kernel", target, pointers | sizes, *aligned, **shape)
         pointers = {"map_ptr": f"*{dtype}", "k_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
         yield build(f"{label} gradient", "_power_grad_kernel", target, pointers | sizes, *aligned, "grad_ptr", **shape)
 

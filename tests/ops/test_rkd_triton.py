@@ -64,18 +64,23 @@ def build(kernel: str, variant: str, target: str) -> Build:
     return Build(name, MODULE, kernel, signature, constants, module.OPTIONS[kernel], target, aligned=aligned)
 
 
-def default_builds() -> list[Build]:
-    """Every variant for sm_90, the default launch of every kernel for the others."""
-    return [made for made in every_build() if made.target == "sm_90" or "," not in made.name]
-
-
-def every_build() -> list[Build]:
+def builds(everything: bool) -> list[Build]:
     return [
         build(kernel, variant, target)
         for target in TARGETS
         for kernel, variants in VARIANTS.items()
         for variant in variants
+        if everything or target == "sm_90" or variant == ""
     ]
+
+
+def default_builds() -> list[Build]:
+    """Every variant for sm_90, the default launch of every kernel for the others."""
+    return builds(everything=False)
+
+
+def every_build() -> list[Build]:
+    return builds(everything=True)
 
 
 @pytest.fixture(scope="module")

@@ -280,9 +280,8 @@ def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gra
     by_row = mask is not None and mask.shape != student.shape
     rows = student.shape[0]
     width = size // max(rows, 1)
-    count = (
-        None if mask is None else (mask.sum() * (width if by_row else 1)).float()
-    )  # only the device knows it: it stays there
+    # Only the device knows it: it stays there.
+    count = None if mask is None else (mask.sum() * (width if by_row else 1)).float()
     if programs:
         with torch.cuda.device_of(student):
             _mse_kernel[(programs,)](

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 
 COSINE = tl.constexpr(0)
@@ -456,10 +457,9 @@ def _stream(
     _hits_kernel[(rows, triton.cdiv(m, tile.bn))](
         *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
     )
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
     _select_kernel[(n,)](
         x, y, a, b, labels, counts, found, values, indices, m, width, k,
-        METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, **select_options(capacity, nvidia),
+        METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, **select_options(capacity, backends.on_nvidia(x)),
     )  # fmt: skip
 
 
@@ -571,13 +571,17 @@ def graph_kl(
     x = student.contiguous()
     n, width, k = x.shape[0], x.shape[1], indices.shape[1]
     losses = torch.empty(n, dtype=torch.float32, device=x.device)
-    values, slopes = (torch.empty(indices.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    # Similarities, and the loss's gradient by them.
+    edges = (
+        (x.new_empty(indices.shape, dtype=torch.float32), x.new_empty(indices.shape, dtype=torch.float32))
+        if needs_grad
+        else None
+    )
     divisor = {REDUCTIONS["mean"]: n * width, REDUCTIONS["batchmean"]: n}.get(reduction, 1)
     with torch.cuda.device_of(x):
         _edges_kernel[(n,)](
-            x, coefficients(x, metric), teacher_values, indices, row_weight, losses,
-            *((values, slopes) if needs_grad else (None, None)), width, k, 1 / temperature, 1 / max(divisor, 1),
-            METRIC=metric, K=selection(k).k, BD=ROW_BLOCK, num_warps=ROW_WARPS,
+            x, coefficients(x, metric), teacher_values, indices, row_weight, losses, *(edges or (None, None)), width, k,
+            1 / temperature, 1 / max(divisor, 1), METRIC=metric, K=selection(k).k, BD=ROW_BLOCK, num_warps=ROW_WARPS,
         )  # fmt: skip
-        grad = _gradient(x, x, indices, True, True, values, slopes, metric) if needs_grad else x.new_empty(0)
+        grad = x.new_empty(0) if edges is None else _gradient(x, x, indices, True, True, *edges, metric)
     return losses if reduction == REDUCTIONS["none"] else losses.sum(), grad

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.kl.function import KINDS
 
@@ -719,7 +720,7 @@ def _launch(
 
     with torch.cuda.device_of(logits):
         weight, count_factor = average(reduction, rows, classes, labels, mask, ignore_index, logits.device)
-        nvidia = logits.device.type == "cuda" and torch.version.hip is None
+        nvidia = backends.on_nvidia(logits)
         tile = tiling(classes, logits.element_size())
         constants, compiler_options = options_of(kind, temperature, ce_weight, label_smoothing, tile, nvidia)
         _kl_kernel[(triton.cdiv(rows, tile.a) if tile.one_tile else rows,)](

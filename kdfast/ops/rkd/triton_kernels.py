@@ -401,18 +401,9 @@ def rkd(
         sums = [torch.empty(n, dtype=torch.float32, device=device) for _ in range(2)]
         wide = torch.empty(n, dtype=torch.int32, device=device)
         _rows_kernel[(n,)](
-            sums[0],
-            sums[1],
-            wide,
-            of_student[0],
-            of_student[2],
-            of_teacher[0],
-            of_teacher[2],
-            keep,
-            n,
-            BLOCK=ROW_BLOCK,
-            **OPTIONS["_rows_kernel"],
-        )
+            *sums, wide, of_student[0], of_student[2], of_teacher[0], of_teacher[2], keep, n,
+            BLOCK=ROW_BLOCK, **OPTIONS["_rows_kernel"],
+        )  # fmt: skip
         matrices = (*of_student, *of_teacher)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         chosen = n if apexes is None else apexes.numel()
@@ -425,18 +416,9 @@ def rkd(
             blocks = triton.cdiv(n, APEX_ROWS)
             losses = torch.empty(chosen, blocks, dtype=torch.float32, device=device)
             _apex_kernel[(chosen, blocks)](
-                from_apex,
-                losses,
-                *matrices,
-                wide,
-                weight,
-                apexes,
-                angle.float(),
-                n,
-                ROWS=APEX_ROWS,
-                COLUMNS=APEX_COLUMNS,
-                **OPTIONS["_apex_kernel"],
-            )
+                from_apex, losses, *matrices, wide, weight, apexes, angle.float(), n,
+                ROWS=APEX_ROWS, COLUMNS=APEX_COLUMNS, **OPTIONS["_apex_kernel"],
+            )  # fmt: skip
             loss += angle * losses.sum(dtype=torch.float64)
         totals = [side.sum(dtype=torch.float64) for side in sums]
         distance, slope = kept.new_zeros(()), kept.new_zeros(())
@@ -444,44 +426,19 @@ def rkd(
             distance = distance_weight / kept.square().clamp(min=1) if mean else kept.new_tensor(distance_weight)
             values, slopes = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
             _distance_loss_kernel[(n,)](
-                values,
-                slopes,
-                of_student[0],
-                of_teacher[0],
-                totals[0],
-                totals[1],
-                kept,
-                weight,
-                n,
-                BLOCK=ROW_BLOCK,
-                **OPTIONS["_distance_loss_kernel"],
-            )
+                values, slopes, of_student[0], of_teacher[0], *totals, kept, weight, n,
+                BLOCK=ROW_BLOCK, **OPTIONS["_distance_loss_kernel"],
+            )  # fmt: skip
             loss += distance * values.sum(dtype=torch.float64)
             slope = slopes.sum(dtype=torch.float64)
         if needs_grad and (angle_weight != 0 or distance_weight != 0):
             pairs = torch.empty(n, n, dtype=torch.float32, device=device)
             blocks = triton.cdiv(n, PAIR_BLOCK)
             _pair_kernel[(blocks, blocks)](
-                pairs,
-                from_apex,
-                *matrices,
-                wide,
-                weight,
-                apexes,
-                angle.float(),
-                totals[0],
-                totals[1],
-                kept,
-                keep,
-                distance.float(),
-                slope,
-                n,
-                chosen,
-                BLOCK=PAIR_BLOCK,
-                ANGLE=angle_weight != 0,
-                DISTANCE=distance_weight != 0,
+                pairs, from_apex, *matrices, wide, weight, apexes, angle.float(), *totals, kept, keep, distance.float(),
+                slope, n, chosen, BLOCK=PAIR_BLOCK, ANGLE=angle_weight != 0, DISTANCE=distance_weight != 0,
                 **OPTIONS["_pair_kernel"],
-            )
+            )  # fmt: skip
             d = x_student.shape[1]
             if d > 0:
                 grid = (triton.cdiv(n, PULL_ROWS), triton.cdiv(d, PULL_WIDTH))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.kl.triton_kernels import BYTES_PER_LOAD, INFINITY, LN2, LOG2E, _shift, _softened, average, rows_of
 from kdfast.ops.topk_kl.function import TAILS
@@ -314,7 +315,7 @@ def topk_kl(
         words, holes = triton.cdiv(classes, WORD.value), None
         if tail == TAILS["bucket"]:
             holes = torch.empty((rows, words), dtype=torch.int32, device=student.device)
-        nvidia = student.device.type == "cuda" and torch.version.hip is None
+        nvidia = backends.on_nvidia(student)
         constants, compiler_options = options_of(tail, logprobs, tiling(classes, k, student.element_size()), nvidia)
         _topk_kl_kernel[(rows,)](
             *student_rows.arguments,
