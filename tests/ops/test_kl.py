@@ -11,7 +11,7 @@ import torch
 import kdfast
 from kdfast import backends
 from kdfast.ops import kl, topk_kl
-from samples import SAMPLES
+from samples import SAMPLES, stored_teacher
 from support import DTYPES, LAYOUTS, assert_parity, sample_inputs
 
 pytestmark = pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
@@ -239,6 +239,20 @@ def test_a_stored_teacher_with_all_its_mass_in_the_top_k():
         assert leaf.grad.isfinite().all()
         inputs = {"student_logits": student.double(), "teacher_values": values.double(), "teacher_indices": indices}
         assert_parity("topk_kl_divergence", inputs, {"values": "logprobs", "tail": tail}, torch.float32)
+
+
+@pytest.mark.parametrize("level", backends.cpu_levels())
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+@pytest.mark.parametrize(
+    ("values", "tail"), [("logits", "drop"), ("logits", "renormalize"), ("logprobs", "renormalize")]
+)
+def test_student_and_stored_teacher_have_the_temperature(values, tail, temperature, level):
+    generator = torch.Generator().manual_seed(5)
+    inputs = stored_teacher(generator, (4,), 5000, k=7)
+    options = {"values": values, "tail": tail, "temperature": temperature}
+    with backends.use_cpu_level(level):
+        for seed, dtype in enumerate(DTYPES):
+            assert_parity("topk_kl_divergence", inputs, options, dtype, seed=seed)
 
 
 def test_renormalized_tails_never_read_the_other_classes():
