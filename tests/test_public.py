@@ -102,6 +102,25 @@ def test_the_teacher_gets_no_gradient(name):
             assert value.grad is not None, key
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_is_the_callers_once_it_is_given(name):
+    """A retained graph keeps none of the memory it has handed out: nobody writes the other's."""
+    inputs, options = sample_inputs(name, 0, SAMPLES[name].leading[0], 5)
+    tensors = cast({**inputs, **options}, torch.float32)
+    leaves = {k: v.detach().flatten().requires_grad_() for k, v in tensors.items() if is_differentiable(k, v)}
+    # Through a view the leaf's .grad may be the very memory the loss returned.
+    views = {k: leaf.view(tensors[k].shape) for k, leaf in leaves.items()}
+    value = first_output(getattr(kdfast, name)(**{**tensors, **views}))
+    value = value.masked_fill(value.isinf(), 0.0).sum()  # missing negatives
+    given = torch.autograd.grad(value, list(leaves.values()), retain_graph=True)
+    kept = [gradient.clone() for gradient in given]
+    value.backward(retain_graph=True)
+    (3 * value).backward()
+    for key, gradient, copy in zip(leaves, given, kept, strict=True):
+        torch.testing.assert_close(gradient, copy, rtol=0, atol=0, msg=f"{key}: a later backward wrote the gradient")
+        torch.testing.assert_close(leaves[key].grad, 4 * copy, msg=lambda m, key=key: f"{key}: {m}")
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_half_inputs_give_float32(name, dtype):

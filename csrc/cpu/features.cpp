@@ -25,7 +25,7 @@ Tensor feature_grad(const Tensor& student, bool needs_grad) {
     shape.clear();
     for (int64_t d = 0; d < student.dim(); ++d) shape.push_back(student.size(d));
   }
-  return empty_gradient(shape, storage_of(student) == Storage::float16 ? empty({0}, ScalarType::Float) : student);
+  return empty_gradient(shape, storage_of(student) == Storage::float16 ? ScalarType::Float : student.scalar_type());
 }
 
 Tensor scalar(const Tensor& student, double value) {

@@ -97,8 +97,9 @@ std::tuple<Tensor, Tensor> graph_backward(const Tensor& features, std::optional<
   const Rows rows = rows_of(features), columns = keys ? rows_of(*keys) : rows;
   const Edges edges{static_cast<const int64_t*>(indices.data_ptr()), rows.count, indices.size(1)};
   std::vector<double> slopes(edges.count());
+  const void *slope_data = grad_values.data_ptr(), *value_data = values.data_ptr();
   for (int64_t e = 0; e < edges.count(); ++e)
-    slopes[e] = slope_of(widened(grad_values.data_ptr(), e, storage), widened(values.data_ptr(), e, storage), metric);
+    slopes[e] = slope_of(widened(slope_data, e, storage), widened(value_data, e, storage), metric);
   const Side side(rows, storage, metric);
   Tensor grad = make_grad(features, needs_features), grad_keys = make_grad(keys ? *keys : features, needs_keys);
   if (!keys) {
@@ -120,7 +121,8 @@ void log_softmax(std::vector<double>& x) {
   double top = -INFINITY, sum = 0;
   for (double v : x) top = std::max(top, v);
   for (double v : x) sum += std::exp(v - top);
-  for (double& v : x) v -= top + std::log(sum);
+  const double log_sum = top + std::log(sum);
+  for (double& v : x) v -= log_sum;
 }
 
 // KL(softmax(teacher / T) || softmax(student / T)) over the k edges of each row, and its gradient for grad_output 1.
@@ -137,6 +139,7 @@ std::tuple<Tensor, Tensor> graph_kl(const Tensor& student, const Tensor& teacher
   const int type = static_cast<int>(out.storage);
   const auto similarities = metric == Metric::euclidean ? kernels.squared_distances[type] : kernels.dots[type];
   const double sign = metric == Metric::euclidean ? -1 : 1, per_row = 1 / out.divisor();
+  const void* teacher_data = teacher_values.data_ptr();
   std::vector<double> slopes(needs_grad ? edges.count() : 0);
   torch::stable::parallel_for(0, rows.count, grain(edges.k * rows.classes), [&](int64_t begin, int64_t end) {
     std::vector<const void*> others(edges.k);
@@ -149,7 +152,7 @@ std::tuple<Tensor, Tensor> graph_kl(const Tensor& student, const Tensor& teacher
         if (metric == Metric::euclidean) values[i] = std::sqrt(values[i]);
         else values[i] *= inverse_norm(side.norms[r]) * inverse_norm(side.norms[edges.ends[first + i]]);
         log_student[i] = sign * values[i] / temperature;
-        log_teacher[i] = sign * widened(teacher_values.data_ptr(), first + i, out.storage) / temperature;
+        log_teacher[i] = sign * widened(teacher_data, first + i, out.storage) / temperature;
       }
       log_softmax(log_student), log_softmax(log_teacher);
       double loss = 0;

@@ -102,7 +102,9 @@ class RowLoss {
     }
     const double log_sum = s.max_student + std::log(s.sum_hard);
     const double smooth = o_.label_smoothing == 0 ? 0 : o_.label_smoothing * (log_sum - s.sum_logits / classes);
-    return o_.scale * (s.cross / s.sum_teacher + s.log_ratio()) + o_.ce_weight * (kept * (log_sum - logit) + smooth);
+    // A divergence of weight 0 is left out, which counts where it is infinite.
+    const double divergence = o_.scale == 0 ? 0 : o_.scale * (s.cross / s.sum_teacher + s.log_ratio());
+    return divergence + o_.ce_weight * (kept * (log_sum - logit) + smooth);
   }
 
   double scratch_scalar(const void* scratch, int64_t i) const {
@@ -156,11 +158,14 @@ class RowLoss {
     const double p_s = sigmoid(u_s), p_t = sigmoid(u_t);
     const double target = kl_term(p_t, log_sigmoid(u_t), log_sigmoid(u_s)) +
                           kl_term(sigmoid(-u_t), log_sigmoid(-u_t), log_sigmoid(-u_s));
-    const double others = s.cross / s.sum_teacher + s.log_ratio();
+    const bool student_has = s.sum_student != 0, teacher_has = s.sum_teacher != 0;  // mass outside the label's class
+    const double others = !teacher_has ? 0 : !student_has ? INFINITY : s.cross / s.sum_teacher + s.log_ratio();
     const double k = o_.scale * g * inverse_temperature_, label_grad = k * o_.alpha * (p_s - p_t);
+    const double slope = teacher_has ? k * o_.beta : 0;
+    const double student_slope = student_has ? (slope - label_grad) / s.sum_student : 0;
+    const double teacher_slope = teacher_has ? slope / s.sum_teacher : 0;
     grad(Shape::difference, r, row, w, shared, [&](const BlockStats& b) {
-      return Coefficients{(k * o_.beta - label_grad) * s.student_factor(b) / s.sum_student,
-                          k * o_.beta * s.teacher_factor(b) / s.sum_teacher, 0, 0};
+      return Coefficients{student_slope * s.student_factor(b), teacher_slope * s.teacher_factor(b), 0, 0};
     });
     if (out_.wants_grad()) store_scalar(out_.grad_row(r), label, out_.storage, label_grad);
     return o_.scale * (o_.alpha * target + o_.beta * others);
@@ -187,7 +192,8 @@ class RowLoss {
     const RowStats s = stats(Form::standardized, row, w, shared);
     // z = (x - mean) / (deviation + eps): the chain through the mean vanishes (the p sum to 1 each), the one through
     // the deviation adds -(x - mean) / ((V - 1) deviation (deviation + eps)) times sum_v dL/dz_v z_v.
-    const double k = o_.scale * g * row.inverse_student;
+    // Equal logits get no gradient, whatever 1 / eps would make of the difference to the teacher.
+    const double k = deviation == 0 ? 0 : o_.scale * g * row.inverse_student;
     const double along = s.student_x / s.sum_student - s.teacher_x / s.sum_teacher;
     const double chain = deviation == 0 ? 0 : o_.scale * g * along / (degrees * deviation * (deviation + kEps));
     grad(Shape::standardized, r, row, w, shared, [&](const BlockStats& b) {

@@ -142,7 +142,8 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
       const Vec<C> va = read(extent, a, i, n, C(0));
       Vec<C> value = va * k;
       if constexpr (shape == Shape::product) {
-        value = va == C(0) ? Vec<C>{} : value * (read(extent, b, i, n, C(0)) - l);
+        // A probability of 0 in the row, if not in its block, adds 0: b may be infinite there. A NaN is not 0.
+        value = value == C(0) ? Vec<C>{} : value * (read(extent, b, i, n, C(0)) - l);
       } else if constexpr (shape != Shape::one) {
         value -= read(extent, b, i, n, C(0)) * l;
         if constexpr (shape == Shape::hard) value += read(extent, c, i, n, C(0)) * m + o;
@@ -153,15 +154,17 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
   }
 }
 
-// Mean, then squares around it: the one-pass formula cancels.
+// Mean, then squares around it: the one-pass formula cancels. The mean is a sum of differences with the first value,
+// which are 0 in a row of one value: rounding must not give it a deviation.
 template <class S> void moments(const void* logits, int64_t classes, int64_t first, int64_t last, Moments* blocks) {
   using C = ComputeOf<S>;
   for (int64_t block = first; block < last; ++block) {
     const int64_t n = block_length(classes, block);
     const S* p = static_cast<const S*>(logits) + block * kBlock;
+    const C first_value = C(load_tail(p, 1, C(0))[0]);
     Vec<C> sum{}, squares{};
-    each_vector<C>(n, [&](int64_t i, auto extent) { sum += read(extent, p, i, n, C(0)); });
-    const C mean = C(sum_lanes<C>(sum) / n);
+    each_vector<C>(n, [&](int64_t i, auto extent) { sum += read(extent, p, i, n, first_value) - first_value; });
+    const C mean = C(first_value + sum_lanes<C>(sum) / n);
     each_vector<C>(n, [&](int64_t i, auto extent) {
       const Vec<C> d = read(extent, p, i, n, mean) - mean;
       squares += d * d;

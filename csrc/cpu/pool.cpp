@@ -89,6 +89,11 @@ Pool& pool() {
   return *pool;
 }
 
+// Of the types a gradient has.
+int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t count = 1;
@@ -108,14 +113,14 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return Tensor(handle);
 }
 
-Tensor empty_gradient(const std::vector<int64_t>& shape, const Tensor& like) {
-  int64_t bytes = static_cast<int64_t>(like.element_size());
+Tensor empty_gradient(const std::vector<int64_t>& shape, ScalarType dtype) {
+  int64_t bytes = element_size(dtype);
   for (int64_t size : shape) bytes *= size;
-  if (bytes < kPoolSmallest) return empty(shape, like.scalar_type());
+  if (bytes < kPoolSmallest) return empty(shape, dtype);
   const std::vector<int64_t> strides = contiguous_strides(shape);
   const Block block = pool().take(bytes);
   return torch::stable::from_blob(block.data, {shape.data(), shape.size()}, {strides.data(), strides.size()},
-                                  like.device(), like.scalar_type(),
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   [block](void*) { pool().give(block); });
 }
 

@@ -19,8 +19,8 @@ constexpr int64_t kPoolLimit = int64_t{2} << 30;     // a step holds one gradien
 // Uninitialized and contiguous, on the CPU, from PyTorch's own allocator.
 torch::stable::Tensor empty(const std::vector<int64_t>& shape, torch::headeronly::ScalarType dtype);
 
-// The same with the dtype of `like`, from the pool where it is large.
-torch::stable::Tensor empty_gradient(const std::vector<int64_t>& shape, const torch::stable::Tensor& like);
+// The same, from the pool where it is large.
+torch::stable::Tensor empty_gradient(const std::vector<int64_t>& shape, torch::headeronly::ScalarType dtype);
 
 // Gives what the pool holds back to the system; returns how many bytes that was.
 int64_t empty_pool();

@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   const ScalarType type = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> grad_shape = needs_grad ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
   Tensor loss = empty({}, type);
-  Tensor grad = empty(grad_shape, type);
+  Tensor grad = empty_gradient(grad_shape, type);
   C* value = static_cast<C*>(loss.data_ptr());
   C* out = static_cast<C*>(grad.data_ptr());
 

@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   const ScalarType type = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> grad_shape = needs_grad ? std::vector<int64_t>{n, length, d} : std::vector<int64_t>{0};
   Tensor loss = empty({}, type);
-  Tensor grad = empty(grad_shape, type);
+  Tensor grad = empty_gradient(grad_shape, type);
   C* out = static_cast<C*>(grad.data_ptr());
   const bool* keep = mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr;
   const auto counts = [&](int64_t r) { return keep == nullptr || (keep[r] && keep[r + 1] && keep[r + 2]); };

@@ -22,7 +22,7 @@ Tensor make_grad(const Tensor& student, bool needs_grad) {
     shape = leading_shape(student);
     shape.push_back(student.size(student.dim() - 1));
   }
-  return empty_gradient(shape, student);
+  return empty_gradient(shape, student.scalar_type());
 }
 
 Output make_output(const Rows& student, const Tensor& grad, const std::optional<Tensor>& mask,

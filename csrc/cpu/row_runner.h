@@ -84,7 +84,8 @@ void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& ro
     out.loss[r] = 0;
     if (out.wants_grad()) std::memset(out.grad_row(r), 0, out.classes * out.grad.element_size);
   };
-  if (out.count < static_cast<int64_t>(torch::stable::get_num_threads())) {
+  const int64_t threads = torch::stable::get_num_threads(), portions = num_blocks(out.classes) * kBlock / kGrain;
+  if (out.count < threads && out.count < portions) {  // a row alone keeps more threads busy than all rows side by side
     auto workspace = make_workspace();
     for (int64_t r = 0; r < out.count; ++r) run(r, workspace, true);
     return;

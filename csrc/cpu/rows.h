@@ -24,6 +24,11 @@ struct Rows {
 inline Rows rows_of(torch::stable::Tensor tensor) {
   const int64_t last = tensor.dim() - 1;
   Rows rows{tensor, nullptr, 1, tensor.size(last), 1, 0, 0, static_cast<int64_t>(tensor.element_size())};
+  if (tensor.numel() == 0) {  // strides mean nothing there
+    for (int64_t d = 0; d < last; ++d) rows.count *= tensor.size(d);
+    rows.data = static_cast<char*>(tensor.data_ptr());
+    return rows;
+  }
   bool inner_open = true, fits = tensor.stride(last) == 1 || rows.classes == 1;
   int64_t outer = 1;
   for (int64_t d = last - 1; d >= 0 && fits; --d) {

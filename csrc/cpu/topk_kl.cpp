@@ -21,14 +21,19 @@ constexpr int64_t kPadding = -100;
 
 struct StoredTeacher {
   Tensor values, indices;  // contiguous (rows, k)
+  const void *value_data, *index_data;
   int64_t k;
   Storage storage;
   bool wide;  // int64 indices
 
-  double value(int64_t r, int64_t i) const { return load_scalar(values.data_ptr(), r * k + i, storage); }
+  StoredTeacher(const Tensor& teacher_values, const Tensor& teacher_indices)
+      : values(torch::stable::contiguous(teacher_values)), indices(torch::stable::contiguous(teacher_indices)),
+        value_data(values.data_ptr()), index_data(indices.data_ptr()), k(values.size(values.dim() - 1)),
+        storage(storage_of(values)), wide(indices.scalar_type() == ScalarType::Long) {}
+
+  double value(int64_t r, int64_t i) const { return load_scalar(value_data, r * k + i, storage); }
   int64_t index(int64_t r, int64_t i) const {
-    return wide ? static_cast<const int64_t*>(indices.data_ptr())[r * k + i]
-                : static_cast<const int32_t*>(indices.data_ptr())[r * k + i];
+    return wide ? static_cast<const int64_t*>(index_data)[r * k + i] : static_cast<const int32_t*>(index_data)[r * k + i];
   }
   // What k rounded probabilities may leave of 1 - sum.
   double rounding() const {
@@ -65,6 +70,13 @@ double kl_term(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (
 struct Listed {
   std::vector<int64_t> classes;
   std::vector<double> teacher, student;  // log p_t, and logits / T that become log p_s
+
+  void clear() { classes.clear(), teacher.clear(), student.clear(); }
+};
+
+struct ListedWorkspace : Workspace {
+  using Workspace::Workspace;
+  Listed listed;
 };
 
 class RowLoss {
@@ -72,12 +84,13 @@ class RowLoss {
   RowLoss(const Options& options, const Rows& student, const StoredTeacher& teacher, const Output& out)
       : o_(options), student_(student), teacher_(teacher), out_(out), kernels_(KDFAST_SELECT_LEVEL(kl_kernels)) {}
 
-  Workspace make_workspace() const {
-    return Workspace(out_.classes, out_.storage, out_.wants_grad() && o_.tail != Tail::renormalize ? 1 : 0);
+  ListedWorkspace make_workspace() const {
+    return ListedWorkspace(out_.classes, out_.storage, out_.wants_grad() && o_.tail != Tail::renormalize ? 1 : 0);
   }
 
-  double operator()(int64_t r, Workspace& w, bool shared) const {
-    Listed listed = read(r);
+  double operator()(int64_t r, ListedWorkspace& w, bool shared) const {
+    const Listed& listed = w.listed;
+    read(r, w.listed);
     const double weight = out_.row_weight(r), square = o_.temperature * o_.temperature;
     // d/dz = T^2 / T, times what the reduction divides by
     const double g = o_.temperature * weight / out_.divisor();
@@ -86,8 +99,8 @@ class RowLoss {
   }
 
  private:
-  Listed read(int64_t r) const {
-    Listed listed;
+  void read(int64_t r, Listed& listed) const {
+    listed.clear();
     const bool soften = !o_.logprobs || o_.tail == Tail::renormalize;
     for (int64_t i = 0; i < teacher_.k; ++i) {
       const int64_t index = teacher_.index(r, i);
@@ -104,7 +117,6 @@ class RowLoss {
       const double total = log_sum_exp(listed.teacher);
       for (double& v : listed.teacher) v -= total;
     }
-    return listed;
   }
 
   // Divergence of the listed classes, and their gradient `mass * p_s - p_t`.
@@ -172,9 +184,7 @@ std::tuple<Tensor, Tensor> topk_kl(const Tensor& student, const Tensor& teacher_
   Tensor grad = make_grad(student, needs_grad);
   Output out = make_output(rows, grad, mask, row_weight, reduction);
   const Options options{temperature, static_cast<Tail>(tail), logprobs};
-  const StoredTeacher teacher{torch::stable::contiguous(teacher_values), torch::stable::contiguous(teacher_indices),
-                              teacher_values.size(teacher_values.dim() - 1), storage_of(teacher_values),
-                              teacher_indices.scalar_type() == ScalarType::Long};
+  const StoredTeacher teacher(teacher_values, teacher_indices);
   const RowLoss loss(options, rows, teacher, out);
   each_row(out, [&] { return loss.make_workspace(); }, loss);
   return {reduced(out, student), grad};

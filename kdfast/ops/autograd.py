@@ -28,6 +28,15 @@ def define(schema: str) -> None:
     LIBRARY.impl(schema.split("(", 1)[0], torch.library.fallthrough_kernel, "Autograd")
 
 
+def apply(function: type[torch.autograd.Function], student: Tensor, *arguments: Any) -> Tensor:
+    """``function.apply``, to which a student looks like a constant where no gradient is recorded (``torch.no_grad``).
+
+    Inside ``apply`` nothing is ever recorded, and ``ctx.needs_input_grad`` tells what requires a gradient elsewhere.
+    """
+    loss: Tensor = function.apply(student if torch.is_grad_enabled() else student.detach(), *arguments)
+    return loss
+
+
 def loss_like(student: Tensor, reduction: int) -> Tensor:
     """An empty loss: float32 for half types, one value a row for 'none'."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -86,13 +95,15 @@ class ScalarLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """``grad * grad_output`` in the dtype of ``grad``; in place where no later backward can ask for ``grad`` again."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and grad_output.is_cpu and grad_output.item() == 1:
-        return grad
+    """``grad * grad_output`` in the dtype of ``grad``, which is given away where no later backward can ask for it.
+
+    What is given away belongs to the caller, who may write it: a retained graph gives a copy, also for grad_output 1.
+    """
     grad_output = grad_output.detach()
-    if compiling or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * grad_output).to(grad.dtype)
+    if grad_output.is_cpu and grad_output.item() == 1:
+        return grad
     return grad.mul_(grad_output)
 
 

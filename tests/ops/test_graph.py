@@ -264,8 +264,9 @@ def test_zero_rows_have_cosine_0_and_gradient_0():
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_rows_no_width_and_all_rows_equal(metric):
     keys = normal(5, 3).float()
-    empty = kdfast.similarity_graph(torch.zeros(0, 3), 2, metric=metric, keys=keys)
-    assert empty.values.shape == empty.indices.shape == (0, 2)
+    for nothing in (torch.zeros(0, 3), torch.zeros(0, 6)[:, ::2], torch.zeros(3, 0).T):
+        empty = kdfast.similarity_graph(nothing, 2, metric=metric, keys=keys)
+        assert empty.values.shape == empty.indices.shape == (0, 2)
     flat = kdfast.similarity_graph(torch.zeros(100, 0), 3, metric=metric)
     assert (flat.values == 0).all()
     assert flat.indices[50].tolist() == [0, 1, 2]

@@ -68,12 +68,13 @@ def test_long_vocabularies(width):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_row_shared_by_threads_has_the_bits_of_a_row_of_one_thread(direction):
-    inputs = {k: v.float() for k, v in pair(1, 100_000).items()}
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_shared_by_threads_has_the_bits_of_a_row_of_one_thread(rows, direction):
+    inputs = {k: v.float() for k, v in pair(rows, 200_000).items()}
     results = []
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
             student = inputs["student_logits"].clone().requires_grad_()
             loss = kdfast.kl_divergence(student, inputs["teacher_logits"], direction=direction)
@@ -149,27 +150,64 @@ def test_a_nan_stays_in_its_row():
     assert student.grad[1].isnan().all()
 
 
-INFINITE = {
+# classes at -inf: of the student, of the teacher; the last of all stays
+ABSENT = {
     "both sides": ([0, 1], [0, 1]),
     "teacher only": ([], [0, 3]),
     "teacher, whole blocks": ([], list(range(2048))),
     "both, whole blocks": (list(range(2048)), list(range(2048))),
+    "both, all but the last": (list(range(4999)), list(range(4999))),
+    "teacher, all but the last": ([], list(range(4999))),
+    "student only": ([0, 3], []),
+    "student, all but the last": (list(range(4999)), []),
+}
+DIVERGENCES = {
+    "forward": ("kl_divergence", {"temperature": 3.0}),
+    "reverse": ("kl_divergence", {"temperature": 3.0, "direction": "reverse"}),
+    "js": ("js_divergence", {"beta": 0.3, "temperature": 3.0}),
+    "kd": ("kd_loss", {"temperature": 3.0}),
+    "dkd": ("dkd_loss", {"temperature": 3.0, "alpha": 1.0, "beta": 8.0}),
 }
 
 
-@pytest.mark.parametrize("case", INFINITE)
-@pytest.mark.parametrize("width", [5, 5000])
-def test_classes_without_teacher_mass_add_nothing(case, width):
-    inputs = pair(3, width)
-    for name, classes in zip(inputs, INFINITE[case], strict=True):
-        keep = [c for c in classes if c < width - 1]
-        inputs[name][:, keep] = -math.inf
-    assert_parity("kl_divergence", inputs, {"temperature": 3.0}, torch.float32)
-    student = inputs["student_logits"].float().requires_grad_()
-    loss = kdfast.kl_divergence(student, inputs["teacher_logits"].float())
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert student.grad.isfinite().all()
+@pytest.mark.parametrize("level", backends.cpu_levels())
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("case", ABSENT)
+def test_classes_without_mass(case, name, level):
+    """They add nothing where the first distribution has none, and where the second alone has none the loss is inf."""
+    function, options = DIVERGENCES[name]
+    for seed, width in enumerate((5, 5000)):
+        inputs = pair(3, width, seed=seed)
+        for side, classes in zip(inputs, ABSENT[case], strict=True):
+            inputs[side][:, [c for c in classes if c < width - 1]] = -math.inf
+        if name in ("kd", "dkd"):
+            inputs["labels"] = torch.full((3,), width - 1)
+        reference = getattr(kdfast.reference, function)(**inputs, **options)
+        with backends.use_cpu_level(level):
+            if reference.isfinite():
+                assert_parity(function, inputs, options, torch.float32, seed=seed)
+            student = inputs.pop("student_logits").float().requires_grad_()
+            teacher = inputs.pop("teacher_logits").float()
+            loss = getattr(kdfast, function)(student, teacher, **inputs, **options)
+        loss.backward()
+        assert not loss.isnan()
+        assert loss.isinf() == reference.isinf()
+        if loss.isfinite() or name != "reverse":
+            assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_a_divergence_of_weight_0_is_left_out_where_it_is_infinite(level):
+    student, teacher = (x.float() for x in pair(3, 40).values())
+    student[:, 3] = -math.inf
+    labels = torch.tensor([1, 2, 39])
+    results = []
+    with backends.use_cpu_level(level):
+        for loss in (kdfast.kd_loss, kdfast.reference.kd_loss):
+            leaf = student.clone().requires_grad_()
+            value = loss(leaf, teacher, labels, alpha=0.0)
+            results.append((value, *torch.autograd.grad(value, leaf)))
+    torch.testing.assert_close(*results)
 
 
 def test_teacher_mass_where_the_student_has_none_is_infinite():
@@ -361,6 +399,16 @@ def test_inplace_backward_tells_whoever_else_saved_the_logits():
         (loss + other).backward()
 
 
+def test_inplace_backward_leaves_the_logits_alone_where_no_gradient_is_recorded():
+    student, teacher = torch.randn(2, 5, requires_grad=True) * 1.0, torch.randn(2, 5)
+    before = student.detach().clone()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            loss = kdfast.kl_divergence(student, teacher, inplace_backward=True)
+        assert not loss.requires_grad
+        assert torch.equal(student, before)
+
+
 def test_double_backward_is_refused():
     inputs = pair(2, 5)
     student = inputs["student_logits"].requires_grad_()
@@ -370,10 +418,37 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 7), (3, 1)])
-def test_no_rows_and_one_class_give_zero(shape):
-    student = torch.randn(shape, requires_grad=True)
-    loss = kdfast.kl_divergence(student, torch.randn(shape))
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_classes_masked_by_a_large_number_are_masked(level):
+    """A whole block of them has probability 0 in the row, though not among its own; the teacher excludes it."""
+    for masked in (-1e4, torch.finfo(torch.float32).min):
+        inputs = pair(3, 4096)
+        inputs["student_logits"][:, 2048:] = masked
+        inputs["teacher_logits"][:, 2048:] = -math.inf
+        with backends.use_cpu_level(level):
+            for name in ("forward", "reverse", "js"):
+                function, options = DIVERGENCES[name]
+                assert_parity(function, inputs, options, torch.float32)
+
+
+@pytest.mark.parametrize("level", backends.cpu_levels())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_logits_have_no_standardized_gradient(dtype, level):
+    teacher = pair(2, 5000)["teacher_logits"].to(dtype)
+    for value in (0.0, 0.1, 5666.667):
+        student = torch.full_like(teacher, value).requires_grad_()
+        with backends.use_cpu_level(level):
+            loss = kdfast.standardized_kl_divergence(student, teacher)
+            loss.backward()
+        torch.testing.assert_close(loss, kdfast.reference.standardized_kl_divergence(student, teacher))
+        assert (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 7), (2, 0, 0, 7), (3, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "classes_strided", "transposed"])
+def test_no_rows_and_one_class_give_zero(layout, shape):
+    student = LAYOUTS[layout](torch.randn(shape)).requires_grad_()
+    loss = kdfast.kl_divergence(student, LAYOUTS[layout](torch.randn(shape)))
     loss.backward()
     assert loss.item() == 0
     assert (student.grad == 0).all()

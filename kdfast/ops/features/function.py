@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
 
 define(
     "attention(Tensor student_maps, Tensor teacher_maps, float p, bool normalize, bool needs_grad) -> (Tensor, Tensor)"
@@ -46,10 +46,10 @@ for _name in ("attention", "feature_mse"):
 def attention(student_maps: Tensor, teacher_maps: Tensor, p: float, normalize: bool) -> Tensor:
     """The loss of :func:`kdfast.attention_transfer_loss`; arguments are already checked."""
     op = torch.ops.kdfast.attention.default
-    return ScalarLoss.apply(student_maps, op, (float(p), normalize), teacher_maps.detach())
+    return apply(ScalarLoss, student_maps, op, (float(p), normalize), teacher_maps.detach())
 
 
 def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """The loss of :func:`kdfast.feature_mse_loss`; arguments are already checked."""
     mask = None if mask is None else mask.contiguous()
-    return ScalarLoss.apply(student, torch.ops.kdfast.feature_mse.default, (), teacher.detach(), mask)
+    return apply(ScalarLoss, student, torch.ops.kdfast.feature_mse.default, (), teacher.detach(), mask)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, differentiable_once, loss_like
+from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, apply, define, differentiable_once, loss_like
 
 METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
 MAX_K = 128  # neighbours a row that the kernels keep
@@ -27,18 +27,18 @@ class Options(NamedTuple):
 
 # Values and int64 indices (N, k) of features (N, D) among keys (M, D), or among themselves. Labels: rows of one label
 # are no neighbours; where a row has fewer than k, value -inf (euclidean: inf) and index -1.
-LIBRARY.define(
+define(
     "graph(Tensor features, Tensor? keys, Tensor? labels, int k, int metric, bool include_self, bool ieee) "
     "-> (Tensor, Tensor)"
 )
 # The ops below take values, indices and their gradients contiguous, as ``graph`` returns them.
 # Gradients of features and keys, empty where not needed; without keys the first has both sides' share.
-LIBRARY.define(
+define(
     "graph_backward(Tensor features, Tensor? keys, Tensor values, Tensor indices, Tensor grad_values, int metric, "
     "bool needs_features, bool needs_keys) -> (Tensor, Tensor)"
 )
 # The loss, and its gradient for grad_output 1 (empty unless needs_grad).
-LIBRARY.define(
+define(
     "graph_kl(Tensor student, Tensor teacher_values, Tensor indices, Tensor? row_weight, float temperature, "
     "int metric, int reduction, bool needs_grad) -> (Tensor, Tensor)"
 )
@@ -151,4 +151,4 @@ def graph(
 def graph_kl(student: Tensor, teacher_values: Tensor, indices: Tensor, metric: str, temperature: float) -> Tensor:
     """KL between row softmaxes over the edges of (N, k) ``indices``, mean over rows; arguments are already checked."""
     options = Options(temperature, METRICS[metric])
-    return RowLoss.apply(student, torch.ops.kdfast.graph_kl.default, options, teacher_values, indices, None)
+    return apply(RowLoss, student, torch.ops.kdfast.graph_kl.default, options, teacher_values, indices, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast import backends
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, define, differentiable_once, loss_like
+from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, apply, define, differentiable_once, loss_like
 
 KINDS = {"forward": 0, "reverse": 1, "js": 2, "dkd": 3, "standardized": 4}
 
@@ -117,6 +117,6 @@ def kl(
     mask = None if mask is None else mask.contiguous()
     row_weight = None if row_weight is None else row_weight.detach().double().contiguous()
     if inplace_backward:
-        return _KLInplace.apply(student_logits, teacher_logits, labels, mask, row_weight, options)
+        return apply(_KLInplace, student_logits, teacher_logits, labels, mask, row_weight, options)
     op = torch.ops.kdfast.kl.default
-    return RowLoss.apply(student_logits, op, options, teacher_logits, labels, mask, row_weight)
+    return apply(RowLoss, student_logits, op, options, teacher_logits, labels, mask, row_weight)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
 from kdfast.ops.relation import products, tiles
 
 define(
@@ -71,14 +71,14 @@ def crd(
 ) -> Tensor:
     """The loss of :func:`kdfast.crd_loss`; arguments are already checked."""
     options = (temperature, alignment_weight, normalize)
-    return ScalarLoss.apply(student, torch.ops.kdfast.crd.default, options, teacher.detach(), labels.contiguous())
+    return apply(ScalarLoss, student, torch.ops.kdfast.crd.default, options, teacher.detach(), labels.contiguous())
 
 
 def pkt(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
     """The loss of :func:`kdfast.pkt_loss`; arguments are already checked."""
-    return ScalarLoss.apply(student, torch.ops.kdfast.pkt.default, (eps,), teacher.detach())
+    return apply(ScalarLoss, student, torch.ops.kdfast.pkt.default, (eps,), teacher.detach())
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """The loss of :func:`kdfast.similarity_preserving_loss`; arguments are already checked."""
-    return ScalarLoss.apply(student, torch.ops.kdfast.similarity_preserving.default, (), teacher.detach())
+    return apply(ScalarLoss, student, torch.ops.kdfast.similarity_preserving.default, (), teacher.detach())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
 
 
 class Options(NamedTuple):
@@ -57,4 +57,4 @@ def rkd(
     mask = None if mask is None else mask.contiguous()
     row_weight = None if row_weight is None else row_weight.detach().double().contiguous()
     student, teacher = student.flatten(1), teacher.detach().flatten(1)
-    return ScalarLoss.apply(student, torch.ops.kdfast.rkd.default, options, teacher, mask, row_weight, apexes)
+    return apply(ScalarLoss, student, torch.ops.kdfast.rkd.default, options, teacher, mask, row_weight, apexes)

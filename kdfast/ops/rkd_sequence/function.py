@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, define, scalar_loss_like
+from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
 
 # The mean over the angles that count of (theta_s - theta_t)^2, of sequences (N, L, D), and its gradient for grad_output
 # 1 (empty unless needs_grad), both float32 for half types: float16 is rounded to after the loss scale has reached it.
@@ -34,4 +34,4 @@ def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def rkd_sequence(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The loss of the angles along sequences (N, L, D); arguments are already checked."""
     mask = None if mask is None else mask.contiguous()
-    return ScalarLoss.apply(student, torch.ops.kdfast.rkd_sequence.default, (), teacher.detach(), mask)
+    return apply(ScalarLoss, student, torch.ops.kdfast.rkd_sequence.default, (), teacher.detach(), mask)

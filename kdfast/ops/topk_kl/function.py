@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, define, loss_like
+from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, apply, define, loss_like
 
 TAILS = {"drop": 0, "bucket": 1, "renormalize": 2}
 
@@ -54,4 +54,4 @@ def topk_kl(
     """The loss ``options`` describe; arguments are already checked."""
     mask = None if mask is None else mask.contiguous()
     op = torch.ops.kdfast.topk_kl.default
-    return RowLoss.apply(student_logits, op, options, teacher_values.detach(), teacher_indices, mask, None)
+    return apply(RowLoss, student_logits, op, options, teacher_values.detach(), teacher_indices, mask, None)
