@@ -159,7 +159,7 @@ def assert_within_rule(
 ) -> None:
     """The rule. ``floor`` is the size of the summed terms where they may cancel, ``stored`` the dtype of the result."""
     assert fast.shape == truth.shape, f"{what}: shape {tuple(fast.shape)}, expected {tuple(truth.shape)}"
-    fast, plain = fast.double().cpu(), plain.double().cpu()
+    fast, plain, truth = fast.double().cpu(), plain.double().cpu(), truth.double().cpu()
     exact = ~truth.isfinite()
     torch.testing.assert_close(fast[exact], truth[exact], equal_nan=True, msg=lambda m: f"{what}: {m}")
     keep = ~exact

@@ -78,7 +78,7 @@ void kl_cluster(Tensor student, Tensor teacher, std::optional<Tensor> grad, Tens
   const int32_t device = student.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int64_t rows = student.size(0);
   STD_TORCH_CHECK(rows * kBlocks < (int64_t{1} << 31), "kdfast::kl_cluster: too many rows: ", rows);
   const double log2e = 1.4426950408889634;

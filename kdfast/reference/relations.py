@@ -116,7 +116,7 @@ def kept_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def rows_kept(mask: Tensor | None, like: Tensor) -> Tensor:
     """The number N of rows that count, in the dtype of ``like`` (…, N)."""
-    return like.new_tensor(like.shape[-1]) if mask is None else mask.sum().to(like.dtype)
+    return like.new_full((), like.shape[-1]) if mask is None else mask.sum().to(like.dtype)
 
 
 def row_weights(mask: Tensor | None, row_weight: Tensor | None, like: Tensor) -> Tensor:

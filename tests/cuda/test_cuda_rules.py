@@ -9,7 +9,7 @@ import torch
 from cuda_support import arguments_of, assert_same_bits, kernel_functions, step
 
 import kdfast
-from samples import NAMES
+from samples import NAMES, SAMPLES
 from support import cast, first_output, is_differentiable, of_rows
 
 pytestmark = pytest.mark.gpu
@@ -144,8 +144,11 @@ def test_compiles_to_one_graph(name):
 def test_autocast_changes_no_dtype_and_little_else(name):
     arguments = arguments_of(name, seed=1)
     expected = step(name, arguments)()
+    leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
     with torch.autocast("cuda", torch.bfloat16):
-        got = step(name, arguments)()
+        value = first_output(getattr(kdfast, name)(**arguments))
+    # Outside, as PyTorch asks for: a backward inside would cast what it computes to float16.
+    got = (value.detach(), *torch.autograd.grad(value.masked_fill(value.isinf(), 0.0).sum(), leaves))
     assert [x.dtype for x in got] == [x.dtype for x in expected]
     if name in FUNCTIONS and name != "linear_kl_divergence":  # whose products autocast rounds
         assert_same_bits(got, expected, name)
@@ -167,7 +170,8 @@ def test_another_batch_size_compiles_nothing(name):
     knobs.runtime.jit_post_compile_hook = lambda **kw: made.append(kw["repr"])
     try:
         for rows in (7, 16, 1, 33):
-            run(rows)
+            if rows > 1 or (1,) in SAMPLES[name].leading:
+                run(rows)
     finally:
         knobs.runtime.jit_post_compile_hook = None
     assert made == []

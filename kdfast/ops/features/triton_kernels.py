@@ -76,8 +76,8 @@ def _compare_kernel(
             s, t, _ = _pair(student, teacher, first, pixels, student_share, teacher_share, BLOCK)
             squares_s += s * s
             squares_t += t * t
-        norm_s = tl.sqrt(tl.sum(squares_s, axis=0, keep_dims=True))
-        norm_t = tl.sqrt(tl.sum(squares_t, axis=0, keep_dims=True))
+        norm_s = tl.sqrt_rn(tl.sum(squares_s, axis=0, keep_dims=True))
+        norm_t = tl.sqrt_rn(tl.sum(squares_t, axis=0, keep_dims=True))
         moves = norm_s >= EPS
         inverse_s = _inverse(norm_s)
         inverse_t = _inverse(norm_t)

@@ -160,8 +160,10 @@ def _hits_kernel(
     BD: tl.constexpr,
 ):  # fmt: skip
     """Appends the keys of what is not below the row's limit; counts[row] goes on counting past the capacity."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    # One axis: y ends at 65535 tiles, and keys may be more.
+    tile, tiles = tl.program_id(0), tl.cdiv(m, BN)
+    rows = (tile // tiles).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = (tile % tiles).to(tl.int64) * BN + tl.arange(0, BN)
     scores = _tile(
         x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width, METRIC, PRECISION, BM, BN, BD
     )  # fmt: skip
@@ -300,8 +302,9 @@ def _gradient_kernel(
     order_ptr, begin_ptr,  # None: none end here
     values_ptr, slopes_ptr, grad_ptr, width, k, METRIC: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    slices = tl.cdiv(width, BD)
+    row = (tl.program_id(0) // slices).to(tl.int64)
+    d = tl.program_id(0) % slices * BD + tl.arange(0, BD)
     lanes = tl.arange(0, K)
     x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
     total = tl.zeros([BD], tl.float32)
@@ -454,7 +457,7 @@ def _stream(
     _limits_kernel[(n,)](
         bins, limits, a, k, rounding(width, x.dtype, ieee), METRIC=metric, BINS=bins.shape[1], num_warps=ROW_WARPS
     )
-    _hits_kernel[(rows, triton.cdiv(m, tile.bn))](
+    _hits_kernel[(rows * triton.cdiv(m, tile.bn),)](
         *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
     )
     _select_kernel[(n,)](
@@ -480,12 +483,12 @@ def _plain(
     if metric == EUCLIDEAN.value:
         scores = -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     else:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = not ieee
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if ieee else "tf32"
         try:
             scores = x @ y.T
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            torch.backends.cuda.matmul.fp32_precision = before
         if metric == COSINE.value:
             scores = scores * coefficients(x, metric)[:, None] * coefficients(y, metric)
     columns = torch.arange(y.shape[0], device=y.device)
@@ -526,7 +529,7 @@ def _gradient(
     a = coefficients(own, metric)
     b = a if own is other else coefficients(other, metric)
     width, k = own.shape[1], indices.shape[1]
-    _gradient_kernel[(own.shape[0], triton.cdiv(width, ROW_BLOCK))](
+    _gradient_kernel[(own.shape[0] * triton.cdiv(width, ROW_BLOCK),)](
         own, other, a, b, indices if outgoing else None, order, begin, values, slopes, grad, width, k,
         METRIC=metric, K=selection(k).k, BD=ROW_BLOCK, num_warps=ROW_WARPS,
     )  # fmt: skip

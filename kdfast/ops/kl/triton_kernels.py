@@ -149,9 +149,9 @@ def _kl_kernel(
             mean_s, squares_s = _merged_moments(count, mean_s, squares_s, classes)
             mean_t, squares_t = _merged_moments(count, mean_t, squares_t, classes)
         degrees = tl.maximum(classes - 1, 1).to(tl.float32)
-        deviation = tl.sqrt(squares_s / degrees)
+        deviation = tl.sqrt_rn(squares_s / degrees)
         stretch_s = (1.0 / (deviation + EPS))[:, None]
-        stretch_t = (1.0 / (tl.sqrt(squares_t / degrees) + EPS))[:, None]
+        stretch_t = (1.0 / (tl.sqrt_rn(squares_t / degrees) + EPS))[:, None]
         centre = mean_s / (deviation + EPS)
 
     # --- sums

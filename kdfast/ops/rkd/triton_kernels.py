@@ -110,8 +110,8 @@ def _rows_kernel(
     for start in range(0, n, BLOCK):
         k = start + tl.arange(0, BLOCK)
         here = _kept(keep_ptr, k, k < n) & kept
-        sum_s += tl.sqrt(2.0 * tl.load(high_s_ptr + offset + k, mask=here, other=0.0))
-        sum_t += tl.sqrt(2.0 * tl.load(high_t_ptr + offset + k, mask=here, other=0.0))
+        sum_s += tl.sqrt_rn(2.0 * tl.load(high_s_ptr + offset + k, mask=here, other=0.0))
+        sum_t += tl.sqrt_rn(2.0 * tl.load(high_t_ptr + offset + k, mask=here, other=0.0))
         r_s = tl.load(r_s_ptr + offset + k, mask=here, other=0.0)
         r_t = tl.load(r_t_ptr + offset + k, mask=here, other=0.0)
         near_r = tl.maximum(near_r, r_s)
@@ -128,8 +128,8 @@ def _rows_kernel(
 @triton.jit
 def _relative(high_s, high_t, inverse_s, inverse_t):
     """Relative distances of the student, and how far they are from the teacher's."""
-    psi = tl.sqrt(2.0 * high_s) * inverse_s
-    return psi, psi - tl.sqrt(2.0 * high_t) * inverse_t
+    psi = tl.sqrt_rn(2.0 * high_s) * inverse_s
+    return psi, psi - tl.sqrt_rn(2.0 * high_t) * inverse_t
 
 
 # Reads one matrix a side once.
@@ -325,7 +325,7 @@ def _pair_kernel(
         _, e = _relative(a_ik, b_ik, inverse_s, _inverse_mean(tl.load(total_t_ptr), kept))
         share = (tl.load(slope_ptr) / tl.maximum(kept * (kept - 1.0), 1.0)).to(tl.float32)
         counted = _kept(keep_ptr, i, i < n)[:, None] & _kept(keep_ptr, k, k < n)[None, :]
-        d = tl.sqrt(2.0 * a_ik)
+        d = tl.sqrt_rn(2.0 * a_ik)
         inverse = tl.where(d == 0, 0.0, 1.0 / tl.where(d == 0, 1.0, d))
         term = (w * _huber_slope(e) - share) * (2.0 * inverse_s * tl.load(distance_ptr)) * inverse
         grad += tl.where(counted, term, 0.0)
@@ -338,8 +338,8 @@ def _pair_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _pull_kernel(out_ptr, grad_ptr, x_ptr, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """out_i = sum_k grad_ik (x_i - x_k), of x (n, d); grad is symmetric, so its row k is read."""
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    features = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    i = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    features = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     here = (i[:, None] < n) & (features[None, :] < d)
     at = i[:, None] * d + features[None, :]
     x_i = tl.load(x_ptr + at, mask=here, other=0.0)
@@ -410,7 +410,7 @@ def rkd(
         from_apex = torch.zeros(n, n, dtype=torch.float32, device=device) if needs_grad and angle_weight != 0 else None
         angle = torch.zeros((), dtype=torch.float32, device=device)
         if angle_weight != 0:
-            count = kept if apexes is None else (kept.new_tensor(chosen) if mask is None else mask[apexes].sum())
+            count = kept if apexes is None else (kept.new_full((), chosen) if mask is None else mask[apexes].sum())
             count = count.double().clamp(min=1)
             angle = angle_weight / (count * kept.square().clamp(min=1)) if mean else angle_weight * kept / count
             blocks = triton.cdiv(n, APEX_ROWS)
@@ -423,7 +423,7 @@ def rkd(
         totals = [side.sum(dtype=torch.float64) for side in sums]
         distance, slope = kept.new_zeros(()), kept.new_zeros(())
         if distance_weight != 0:
-            distance = distance_weight / kept.square().clamp(min=1) if mean else kept.new_tensor(distance_weight)
+            distance = distance_weight / kept.square().clamp(min=1) if mean else kept.new_full((), distance_weight)
             values, slopes = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
             _distance_loss_kernel[(n,)](
                 values, slopes, of_student[0], of_teacher[0], *totals, kept, weight, n,
@@ -441,7 +441,7 @@ def rkd(
             )  # fmt: skip
             d = x_student.shape[1]
             if d > 0:
-                grid = (triton.cdiv(n, PULL_ROWS), triton.cdiv(d, PULL_WIDTH))
+                grid = (triton.cdiv(d, PULL_WIDTH), triton.cdiv(n, PULL_ROWS))  # x alone may have more than 65535
                 _pull_kernel[grid](
                     grad, pairs, x_student, n, d, ROWS=PULL_ROWS, WIDTH=PULL_WIDTH, **OPTIONS["_pull_kernel"]
                 )

@@ -38,8 +38,8 @@ def _turns_kernel(norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, x_ptr, counts_pt
         u, v = _steps(x_ptr, row, here, start + tl.arange(0, WIDTH), d)
         squared_u += u * u
         squared_v += v * v
-    norm_u = tl.sqrt(tl.sum(squared_u, axis=0))
-    norm_v = tl.sqrt(tl.sum(squared_v, axis=0))
+    norm_u = tl.sqrt_rn(tl.sum(squared_u, axis=0))
+    norm_v = tl.sqrt_rn(tl.sum(squared_v, axis=0))
     over_u = tl.where(norm_u < SMALLEST_NORM, SMALLEST_NORM, norm_u)
     over_v = tl.where(norm_v < SMALLEST_NORM, SMALLEST_NORM, norm_v)
     apart = tl.zeros([WIDTH], tl.float32)
