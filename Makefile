@@ -9,7 +9,7 @@ SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test test-long gpu resources style clean
 
-demo: $(VENV)/built  ## distil a student on real data, about two minutes
+demo: $(VENV)/built  ## distil a student on real data, three to four minutes with the set-up
 	$(BIN)/python examples/distill_digits.py
 
 test: $(VENV)/built  ## lint, types, tests

@@ -1,6 +1,6 @@
 """Run a teacher once, store its top classes, train students from the store: next-word models of Python's own help.
 
-    python examples/offline_teacher.py            # about 20 seconds on one CPU core
+    python examples/offline_teacher.py            # about half a minute on one CPU core
     python examples/offline_teacher.py --quick    # some seconds: less text, one store
 
 The text is that of ``help('topics')``, which comes with Python, so nothing is downloaded and the numbers differ a
@@ -21,11 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import re
 import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
@@ -241,7 +243,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             rows = compare(text, Path(folder), ks=[8, 32, 64], teacher_epochs=5, epochs=6)
     print_table(text, rows)
     if options.output is not None:
-        options.output.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        made = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "python": platform.python_version(), "threads": 1}
+        result = {**made, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
     return rows
 
 

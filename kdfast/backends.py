@@ -67,7 +67,8 @@ _warned: set[str] = set()
 def use(name: str) -> Iterator[None]:
     """Forces backend ``name`` inside the ``with`` block, for all threads; ``'auto'`` lifts an outer one.
 
-    Forcing a backend that cannot run the tensors raises; the reference can run everything.
+    Forcing a backend that cannot run the tensors raises; the reference can run everything. Functions without a
+    kernel (the README's table says which) run the reference under any name.
     """
     global _forced
     checks.check_option("backend", name, NAMES)
@@ -122,7 +123,9 @@ def select(op: str, tensor: Tensor) -> str:
     for backend in KERNELS.get(op, ()):
         if can_run(backend, op, device_type, dtype)[0]:
             return backend
-    if device_type == "cuda" and _missing_triton is not None and op in KERNELS:
+    if device_type == "cuda" and dtype == torch.float64 and op in KERNELS:
+        _warn_once("kdfast runs the plain PyTorch reference on CUDA tensors of float64: kernels take narrower types")
+    elif device_type == "cuda" and _missing_triton is not None and op in KERNELS:
         _warn_once(f"kdfast runs the plain PyTorch reference on CUDA tensors: {_missing_triton}")
     if device_type == "cpu" and _missing_extension is not None and op in KERNELS:
         _warn_once(f"kdfast runs the plain PyTorch reference on CPU tensors: {_missing_extension}")

@@ -324,7 +324,13 @@ def check_projection_pair(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
 ) -> None:
     """Two checked projections form logits of one shape."""
-    check_pair("student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
+    check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    # autocast brings them to one dtype itself
+    if student_hidden.dtype != teacher_hidden.dtype and not torch.is_autocast_enabled(student_hidden.device.type):
+        raise TypeError(
+            f"student_hidden and teacher_hidden must have the same dtype, got {student_hidden.dtype} and "
+            f"{teacher_hidden.dtype}"
+        )
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             f"student_hidden and teacher_hidden must have the same leading shape, got {tuple(student_hidden.shape)} "

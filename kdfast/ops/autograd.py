@@ -120,10 +120,11 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 
 def differentiable_once(grad: Tensor) -> Tensor:
-    """``grad`` as backward returns it; under ``create_graph=True`` differentiating it raises instead of giving 0.
+    """``grad`` as backward returns it; under ``create_graph=True`` a backward from it raises instead of giving 0.
 
     ``torch.autograd.function.once_differentiable`` raises only where grad_output requires a gradient, which the
-    grad_output of a scalar loss does not.
+    grad_output of a scalar loss does not. Like there, the student itself is not behind what is returned: asked for its
+    gradient by name, ``torch.autograd.grad`` finds it unused.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RefuseSecondDerivative.apply(grad.detach().requires_grad_())

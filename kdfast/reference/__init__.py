@@ -1,7 +1,8 @@
 """Every loss in plain PyTorch: the definition of the result, and the documentation of the mathematics.
 
 The functions have the signatures of their fast twins in :mod:`kdfast`. They take any leading shape and dtype, never
-write their inputs, and keep gradients finite wherever a finite limit exists. They check nothing and import only torch.
+write their inputs, and keep gradients finite wherever a finite limit exists. They import only torch and check nothing;
+``CRDLoss``, which has no faster twin, and the duplicates among ``teacher_indices`` are the exceptions.
 """
 
 from kdfast.reference.crd import CRDLoss

@@ -207,7 +207,7 @@ def linear_kl_divergence(
 ) -> Tensor:
     """KL or JS of ``hidden @ weight.T + bias``; with labels, ``alpha`` times that plus ``(1 - alpha)`` times CE.
 
-    The definition: the logits are formed in the dtype of the input, then widened. The kernels hold a chunk of them.
+    The logits are formed in the dtype of the input, then widened.
     """
     if labels is not None:
         mask = labels != ignore_index if mask is None else mask & (labels != ignore_index)

@@ -137,11 +137,19 @@ def rkd_loss(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """``distance_weight`` times the distance loss plus ``angle_weight`` times the angle loss."""
+    """``distance_weight`` times the distance loss plus ``angle_weight`` times the angle loss.
+
+    A term of weight 0 is left out: the angles of many rows may be more than the memory holds.
+    """
     apexes = sampled_apexes(student, triplets, generator, mask)
-    distance = rkd_distance_loss(student, teacher, mask=mask, row_weight=row_weight, reduction=reduction)
-    angle = angle_loss(student, teacher, apexes, mask, row_weight, reduction)
-    return distance_weight * distance + angle_weight * angle
+    loss = flatten_rows(student)[:0].sum()
+    if distance_weight != 0:
+        loss = loss + distance_weight * rkd_distance_loss(
+            student, teacher, mask=mask, row_weight=row_weight, reduction=reduction
+        )
+    if angle_weight != 0:
+        loss = loss + angle_weight * angle_loss(student, teacher, apexes, mask, row_weight, reduction)
+    return loss
 
 
 def rkd_sequence_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -223,9 +223,10 @@ def test_topk_padding_and_masked_rows_may_hold_anything() -> None:
     topk_kl_divergence(logits(), values, classes, mask=torch.tensor([True, True, False, True]))
 
 
-def test_under_autocast_a_projection_may_have_two_dtypes() -> None:
+@pytest.mark.parametrize("halves", [("student_hidden", "teacher_hidden"), ("student_hidden",)])
+def test_under_autocast_projections_may_have_two_dtypes(halves: tuple[str, ...]) -> None:
     arguments = valid(linear_kl_divergence)
-    for name in ("student_hidden", "teacher_hidden"):
+    for name in halves:
         arguments[name] = arguments[name].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear_kl_divergence(**arguments).dtype == torch.float32

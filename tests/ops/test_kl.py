@@ -370,6 +370,32 @@ def test_inplace_backward_gives_the_same_gradient_in_the_logits_storage(name, up
     torch.testing.assert_close(logits.detach(), expected.grad)  # the storage holds the gradient
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("name", INPLACE)
+def test_inplace_backward_compiled(name, reduction):
+    base, teacher = (x.float() for x in pair(4, 3000).values())
+    base.requires_grad_()
+
+    def loss(base: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return getattr(kdfast, name)(base * 1.0, teacher, reduction=reduction, inplace_backward=True)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        value = function(base, teacher)
+        results.append((value, *torch.autograd.grad(value, base, torch.full_like(value, -2.5))))
+    torch.testing.assert_close(*results)
+
+    logits = base * 1.0
+    value = torch.compile(getattr(kdfast, name), backend="aot_eager", fullgraph=True)(
+        logits, teacher, inplace_backward=True
+    )
+    value.backward(retain_graph=True)
+    torch.testing.assert_close(logits.detach(), base.grad)
+    with pytest.raises(RuntimeError):
+        value.backward()
+
+
 def test_inplace_backward_with_one_value_a_row():
     inputs = {k: v.float() for k, v in pair(4, 30).items()}
     upstream = torch.tensor([1.0, 0.0, -3.0, 0.5])

@@ -168,6 +168,17 @@ def test_rkd_agrees_with_torchdistill(distance: float, angle: float) -> None:
     torch.testing.assert_close(gradient_of(ours, student), gradient_of(truth, student))
 
 
+@pytest.mark.parametrize(("left_out", "weight"), [("angle_loss", "angle"), ("rkd_distance_loss", "distance")])
+def test_rkd_a_term_of_weight_0_is_not_computed(left_out: str, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = features(5, 4), features(5, 3, seed=1)
+    other = rkd_distance_loss if weight == "angle" else rkd_angle_loss
+    expected = 2.0 * other(student, teacher)
+    monkeypatch.setattr(f"kdfast.reference.relations.{left_out}", None)
+    weights = {"angle_weight": 2.0, "distance_weight": 2.0, f"{weight}_weight": 0.0}
+    torch.testing.assert_close(rkd_loss(student, teacher, **weights), expected)
+    assert gradient_of(lambda s: rkd_loss(s, teacher, angle_weight=0.0, distance_weight=0.0), student).eq(0).all()
+
+
 def test_rkd_distance_of_a_triangle() -> None:
     # Distances 3, 4, 5 have mean 4; an equilateral triangle has all three at 1.
     student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]).double()
