@@ -34,7 +34,7 @@ class RowLoss {
 
   Workspace make_workspace() const {
     const bool kept = out_.wants_grad();
-    return Workspace(out_.classes, out_.storage, !kept && o_.kind != Kind::js ? 0 : hard() ? 3 : 2);
+    return Workspace(out_.classes, out_.storage, o_.kind == Kind::js ? 3 : !kept ? 0 : hard() ? 3 : 2);
   }
 
   // Loss of row r, times weight and scale; writes its gradient.
@@ -136,7 +136,8 @@ class RowLoss {
   double js(int64_t r, const Row& row, double g, Workspace& w, bool shared) const {
     const RowStats s = stats(Form::js, row, w, shared);
     for (size_t i = 0; i < w.stats.size(); ++i)
-      w.coefficients[i] = {s.student_factor(w.stats[i]) / s.sum_student, s.teacher_factor(w.stats[i]) / s.sum_teacher, 0, 0};
+      w.coefficients[i] = {s.student_factor(w.stats[i]) / s.sum_student, s.teacher_factor(w.stats[i]) / s.sum_teacher,
+                           s.student_shift(w.stats[i]) - s.teacher_shift(w.stats[i]) - s.log_ratio(), 0};
     each_block(row.classes, shared, [&](int64_t first, int64_t last) {
       kernels_.mix[storage()](row.classes, first, last, o_.beta, w.coefficients.data(), w.mixed.data(), w.scratch());
     });

@@ -1,6 +1,6 @@
 // Compiled once per instruction set (setup.py: PER_LEVEL). See kl_rows.h for what is computed.
 // Memory: reads student and teacher once, writes the gradient once; scratch stays in cache.
-// Exponentials an element: 2; forward_hard 2 where T is 1, 2 or 4 (a power of one of them), else 3; js 2 and 2 logarithms.
+// Exponentials an element: 2; forward_hard 2 where T is 1, 2 or 4 (a power of one of them), else 3; js 2 and a logarithm.
 #include "cpu/kl_rows.h"
 
 #include "cpu/simd.h"
@@ -49,7 +49,7 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
     if constexpr (form != Form::student) __builtin_prefetch(next_t + i, 0, 2);
     const Vec<C> shifted = read(extent, s, i, n, C(-kInfinity)) - max_s;
     const Vec<C> y_s = shifted * factor_s, e_s = exp2_nonpositive<C>(y_s);
-    Vec<C> kept_b{};
+    Vec<C> kept_b{}, difference{};
     sum_s += e_s;
     if constexpr (form != Form::student) {
       const Vec<C> y_t = (read(extent, t, i, n, C(-kInfinity)) - max_t) * factor_t, e_t = exp2_nonpositive<C>(y_t);
@@ -59,7 +59,9 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
       if constexpr (form == Form::reverse) {
         kept_b = e_s == C(0) ? Vec<C>{} : (y_s - y_t) * C(kLn2);
         cross += e_s * kept_b;
-      } else if constexpr (form != Form::js) {
+      } else if constexpr (form == Form::js) {
+        difference = (y_s - y_t) * C(kLn2);
+      } else {
         cross += e_t == C(0) ? Vec<C>{} : e_t * (y_t - y_s);
       }
       if constexpr (form == Form::standardized) {
@@ -76,6 +78,7 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
     if (keep_a) {
       write(extent, keep_a, i, n, e_s);
       if constexpr (form != Form::student) write(extent, keep_b, i, n, kept_b);
+      if constexpr (form == Form::js) write(extent, keep_c, i, n, difference);
     }
   });
   constexpr bool has_teacher = form != Form::student, has_hard = form == Form::forward_hard;
@@ -173,25 +176,32 @@ template <class S> void moments(const void* logits, int64_t classes, int64_t fir
   }
 }
 
+// With d = log(p_s / p_t), which the logits give without a logarithm, log(m / p) of the larger p is all that is missing:
+// its argument lies between that side's weight and 1.
 template <class S>
 void mix(int64_t classes, int64_t first, int64_t last, double beta, const Coefficients* blocks, MixSums* sums,
          const Scratch& scratch) {
   using C = ComputeOf<S>;
-  const C teacher_share = C(beta), student_share = C(1 - beta);
+  const Vec<C> teacher_share = broadcast<C>(C(beta)), student_share = broadcast<C>(C(1 - beta)), one = broadcast<C>(1);
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * kBlock, n = block_length(classes, block);
     C* a = static_cast<C*>(scratch.a) + begin;
     C* b = static_cast<C*>(scratch.b) + begin;
-    const C k = C(blocks[block].k), l = C(blocks[block].l);
+    const C* c = static_cast<const C*>(scratch.c) + begin;
+    const C k = C(blocks[block].k), l = C(blocks[block].l), shift = C(blocks[block].m);
     Vec<C> student{}, teacher{};
     each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
       const Vec<C> p_s = read(extent, a, i, n, C(0)) * k, p_t = read(extent, b, i, n, C(0)) * l;
-      const Vec<C> m = p_t * teacher_share + p_s * student_share;
-      // A class both sides underflow on has m = 0: its terms are 0. A NaN fails the comparison and stays.
-      const Vec<C> one = broadcast<C>(1);
-      const Vec<C> log_s = log_positive<C>(m == C(0) ? one : p_s / m), log_t = log_positive<C>(m == C(0) ? one : p_t / m);
-      student += p_s * log_s;
-      teacher += p_t * log_t;
+      const Vec<C> d = read(extent, c, i, n, C(0)) + shift;
+      const auto student_larger = d > C(0);  // not so for a NaN, which stays in d
+      const Vec<C> larger = student_larger ? p_s : p_t, smaller = student_larger ? p_t : p_s;
+      const Vec<C> ratio = smaller / (larger == C(0) ? one : larger);
+      const Vec<C> share = student_larger ? student_share : teacher_share;
+      const Vec<C> log_m = log_positive<C>(share + (one - share) * ratio);
+      const Vec<C> log_s = (student_larger ? Vec<C>{} : d) - log_m, log_t = (student_larger ? -d : Vec<C>{}) - log_m;
+      // A probability of 0 adds 0, whatever it is divided by.
+      student += p_s == C(0) ? Vec<C>{} : p_s * log_s;
+      teacher += p_t == C(0) ? Vec<C>{} : p_t * log_t;
       write(extent, a, i, n, p_s);
       write(extent, b, i, n, log_s);
     });

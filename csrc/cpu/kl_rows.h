@@ -25,7 +25,7 @@ enum class Form : int {
   forward_hard = 1,  // keeps e_s, e_t and exp(s - maximum): cross-entropy at T = 1 on the same read
   standardized = 2,  // keeps e_s, e_t; also sums what the gradient through the standard deviation needs
   reverse = 3,       // keeps e_s, x_s - x_t
-  js = 4,            // keeps e_s, e_t; `mix` makes p_s and the log of its share of the mixture from them
+  js = 4,            // keeps e_s, e_t, x_s - x_t; `mix` makes p_s and the log of its share of the mixture from them
   student = 5,       // keeps e_s; the teacher is not read
 };
 constexpr int kForms = 6;
@@ -57,7 +57,7 @@ enum class Shape : int {
   difference = 1,    // k a - l b
   hard = 2,          // k a - l b + m c + n
   standardized = 3,  // k a - l b + m s + n, with the student's logit s
-  product = 4,       // k a (b - l); 0 where a is 0
+  product = 4,       // k a (b - l); 0 where k a is 0
 };
 constexpr int kShapes = 5;
 

@@ -90,7 +90,7 @@ class ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _scaled(ctx.saved_tensors[0], grad_output.detach()).to(ctx.dtype)
+        grad = _scaled(ctx.saved_tensors[0], grad_output).to(ctx.dtype)
         return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
 
 
@@ -99,12 +99,11 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 
     What is given away belongs to the caller, who may write it: a retained graph gives a copy, also for grad_output 1.
     """
-    grad_output = grad_output.detach()
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (grad * grad_output).to(grad.dtype)
+        return (grad * grad_output.detach()).to(grad.dtype)
     if grad_output.is_cpu and grad_output.item() == 1:
         return grad
-    return grad.mul_(grad_output)
+    return grad.mul_(grad_output.detach())
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
