@@ -13,9 +13,6 @@ enum class Metric : int64_t { cosine = 0, dot = 1, euclidean = 2 };
 
 constexpr double kNormEps = 1e-12;  // the smallest norm a cosine divides by
 
-// Rows a thread is woken for, when each costs about `elements` multiply-adds.
-inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
-
 // The norm of each row; only cosine needs it.
 inline std::vector<double> norms_of(const Rows& rows, Storage storage, Metric metric) {
   std::vector<double> norms(rows.count, 1.0);

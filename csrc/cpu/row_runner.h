@@ -20,6 +20,9 @@ namespace kdfast {
 // two calls from Python the threads of the pool fall asleep.
 constexpr int64_t kGrain = 32768;
 
+// Items a thread is woken for, when each costs as much as `elements`.
+inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
+
 // Where gradients go and how losses are reduced: what every op of the family shares.
 enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, batchmean = 3 };
 
@@ -90,7 +93,7 @@ void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& ro
     for (int64_t r = 0; r < out.count; ++r) run(r, workspace, true);
     return;
   }
-  torch::stable::parallel_for(0, out.count, std::max<int64_t>(1, kGrain / out.classes), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, out.count, grain(out.classes), [&](int64_t begin, int64_t end) {
     auto workspace = make_workspace();
     for (int64_t r = begin; r < end; ++r) run(r, workspace, false);
   });

@@ -82,7 +82,7 @@ class ScalarLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, *tensors: Tensor | None) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        loss, grad = op(student.detach(), *tensors, *options, needs_grad)
+        loss, grad = op(student, *tensors, *options, needs_grad)
         ctx.dtype, ctx.inputs = student.dtype, 3 + len(tensors)
         if needs_grad:
             ctx.save_for_backward(grad)
@@ -90,7 +90,8 @@ class ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _scaled(ctx.saved_tensors[0], grad_output).to(ctx.dtype)
+        grad = _scaled(ctx.saved_tensors[0], grad_output)
+        grad = grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype)
         return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
 
 
