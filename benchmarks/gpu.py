@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -196,16 +197,20 @@ def sanitizer(run: Run, record: Record, budget: float) -> None:
 
 
 def benchmarks(run: Run, record: Record, budget: float) -> None:
-    """benchmarks/<op>.py for every op with a Triton kernel, one after the other: each has the machine to itself."""
+    """benchmarks/<op>.py for every op with a Triton kernel, one after the other: each has the machine to itself.
+
+    What is left of the time is shared in proportion to the cases to come.
+    """
     names = ops_with_benchmark()
+    counts = {name: count_cases(name) for name in names}
     results = run.result.setdefault("benchmarks", {})
     record["status"] = PASSED
     deadline = time.monotonic() + budget
     for index, name in enumerate(names):
-        share = (deadline - time.monotonic()) / (len(names) - index)
+        share = (deadline - time.monotonic()) * counts[name] / sum(counts[later] for later in names[index:])
         output = run.path.with_name(f"{run.path.stem}-{name}.partial.json")
         output.unlink(missing_ok=True)
-        seconds = str(max(0.2, share / 60))  # a case: what is left goes to compiling
+        seconds = str(max(0.2, share / counts[name] / 6))  # a case: what is left goes to compiling
         options = ["--device", "cuda", "--budget", seconds, "--output", str(output)]
         job = Job([sys.executable, str(BENCHMARKS / f"{name}.py"), *options])
         run_jobs([job], share)
@@ -223,6 +228,14 @@ def ops_with_benchmark() -> list[str]:
 
     triton = [op for op, kernels in backends.KERNELS.items() if backends.TRITON in kernels]
     return [op for op in triton if (BENCHMARKS / f"{op}.py").exists()]
+
+
+def count_cases(name: str) -> int:
+    import torch
+
+    from harness import Options
+
+    return len(importlib.import_module(name).cases(Options(torch.device("cuda"), torch.bfloat16)))
 
 
 def report(run: Run, record: Record, budget: float) -> None:

@@ -33,9 +33,9 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 def check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
     """Student and teacher are floating-point tensors of one dtype on one device."""
-    if type(student) is type(teacher) is Tensor and student.dtype is teacher.dtype in FLOAT_DTYPES:
-        if student.is_cpu and teacher.is_cpu or student.device == teacher.device:
-            return  # at once: on short rows the checks take as long as the loss
+    plain = type(student) is type(teacher) is Tensor and student.dtype is teacher.dtype in FLOAT_DTYPES
+    if plain and ((student.is_cpu and teacher.is_cpu) or student.device == teacher.device):
+        return  # at once: on short rows the checks take as long as the loss
     check_tensor(student_name, student)
     check_tensor(teacher_name, teacher)
     if student.dtype != teacher.dtype:

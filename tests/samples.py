@@ -32,6 +32,10 @@ class Sample:
     # Size of the terms a gradient is the sum of, for grad_output 1 and one row: they may cancel to nearly nothing.
     # 0.1 is that of features of size 1 in a batch of about ten.
     gradient_terms: Callable[[Inputs, Mapping[str, Any]], float] = lambda inputs, options: 0.1
+    # The same for the value.
+    value_terms: Callable[[Inputs, Mapping[str, Any]], float] = lambda inputs, options: (
+        float(options.get("temperature", 1.0)) ** 2
+    )
 
     def draw(self, generator: torch.Generator, leading: Shape, width: int) -> dict[str, Any]:
         """One random set of options."""
@@ -127,8 +131,13 @@ def row_weights(generator: torch.Generator, leading: Shape, width: int) -> Tenso
 
 
 def softmax_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
-    """T^2 p / T, with p up to 1."""
-    return float(options.get("temperature", 1.0)) + 1.0
+    """T^2 p / T, with p up to 1; in reverse KL times log(p_s / p_t), of which the KL is taken off."""
+    temperature = float(options.get("temperature", 1.0))
+    if options.get("direction") != "reverse" and options.get("beta") != 1.0:
+        return temperature + 1.0
+    log_s, log_t = ((inputs[side] / temperature).log_softmax(-1) for side in ("student_logits", "teacher_logits"))
+    apart = (log_s - log_t).abs().max() if log_s.numel() else 0.0
+    return (temperature + 1.0) * (1.0 + float(apart))
 
 
 def dkd_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
@@ -153,6 +162,23 @@ def crd_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
     temperature = options.get("temperature", 0.1)
     apart = (student @ student.mT - teacher @ teacher.mT).abs().max() / temperature
     return float(2 / len(student) * (1 + 2 * apart) * slope / temperature)
+
+
+def crd_value_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """2 |s - t| |s|: a square is known as well as the similarities whose difference it is of."""
+    student, teacher = (inputs[side].flatten(1) for side in ("student", "teacher"))
+    if options.get("normalize"):
+        student, teacher = (torch.nn.functional.normalize(x) for x in (student, teacher))
+    s, t = (x @ x.mT / options.get("temperature", 0.1) for x in (student, teacher))
+    return float((2 * (s - t).abs() * torch.maximum(s.abs(), t.abs())).mean())
+
+
+def similarity_preserving_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
+    """The gradient before what is along the row is taken off, which is all of it at width 1."""
+    student, teacher = (torch.nn.functional.normalize(inputs[side].flatten(1)) for side in ("student", "teacher"))
+    norms = inputs["student"].flatten(1).norm(dim=1, keepdim=True)
+    slopes = 4 / len(student) ** 2 * ((student @ student.mT).abs() + (teacher @ teacher.mT).abs()) @ student.abs()
+    return float((slopes / norms).max())
 
 
 def pkt_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
@@ -270,7 +296,9 @@ SAMPLES: dict[str, Sample] = {
     ),
     "pkt_loss": Sample(feature_pair, module="PKTLoss", gradient_terms=pkt_terms),
     "kernel_alignment_loss": Sample(feature_pair, {"centered": (False, True)}, module="KernelAlignmentLoss"),
-    "similarity_preserving_loss": Sample(feature_pair, module="SimilarityPreservingLoss"),
+    "similarity_preserving_loss": Sample(
+        feature_pair, module="SimilarityPreservingLoss", gradient_terms=similarity_preserving_terms
+    ),
     "rkd_distance_loss": Sample(feature_pair, PAIRS, module="RKDDistanceLoss"),
     "rkd_angle_loss": Sample(feature_pair, TRIPLETS, module="RKDAngleLoss", gradient_terms=rkd_terms),
     "rkd_loss": Sample(
@@ -281,7 +309,11 @@ SAMPLES: dict[str, Sample] = {
     ),
     "rkd_sequence_angle_loss": Sample(sequence_pair, {"mask": (None, token_mask)}, module="RKDSequenceAngleLoss"),
     "crd_loss": Sample(
-        labelled_features, {"normalize": (False, True)}, module="InBatchCRDLoss", gradient_terms=crd_terms
+        labelled_features,
+        {"normalize": (False, True)},
+        module="InBatchCRDLoss",
+        gradient_terms=crd_terms,
+        value_terms=crd_value_terms,
     ),
     "similarity_graph": Sample(
         single_features,

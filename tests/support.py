@@ -129,8 +129,8 @@ def assert_parity(
         torch.testing.assert_close(arguments[k].detach(), values, rtol=0, atol=0, equal_nan=True)
     assert fast[0].dtype == (torch.float32 if dtype in HALF else dtype)
     length = max(v.numel() for v in inputs.values())
-    scale = float(options.get("temperature", 1.0)) ** 2
-    assert_within_rule(f"{name}: value", fast[0], plain[0], truth[0], dtype, length, floor=scale)
+    floor = SAMPLES[name].value_terms(inputs, options)
+    assert_within_rule(f"{name}: value", fast[0], plain[0], truth[0], dtype, length, floor)
     terms = gradient_terms(name, inputs, options) * float(grad_output.abs().max()) if grad_output.numel() else 0.0
     for k in truth[1]:
         assert fast[1][k].dtype == dtype, f"gradient of {k} has dtype {fast[1][k].dtype}"

@@ -175,6 +175,7 @@ def test_a_benchmark_out_of_time_keeps_what_it_measured_and_the_next_one_runs(tm
     (tmp_path / "wrong.py").write_text("raise SystemExit('nothing is measured: value')")
     monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(gpu, "ops_with_benchmark", lambda: ["slow", "wrong", "quick"])
+    monkeypatch.setattr(gpu, "count_cases", lambda name: 1)
     run, record = run_of(tmp_path / "results"), {}
     run.save()
     gpu.benchmarks(run, record, 6)
@@ -193,6 +194,7 @@ def test_every_op_with_a_triton_kernel_and_a_benchmark_is_measured():
     names = gpu.ops_with_benchmark()
     assert "kl" in names
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
+    assert all(gpu.count_cases(name) > 0 for name in names)
 
 
 SANITIZER = """#!/bin/sh

@@ -88,15 +88,15 @@ Packed<C> pack(const Rows& rows, Storage storage, Metric metric, const double* c
   const std::vector<double> norms = norms_of(rows, storage, metric);
   torch::stable::parallel_for(0, panels, grain(panel * width), [&](int64_t begin, int64_t end) {
     std::vector<const void*> pointers(panel);
-    std::vector<double> scales(panel), squares(panel);
+    std::vector<double> divisors(panel), squares(panel);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * panel, count = std::min(panel, rows.count - first);
       for (int64_t i = 0; i < count; ++i) {
         pointers[i] = rows.row(first + i);
-        scales[i] = metric == Metric::cosine ? inverse_norm(norms[first + i]) : 1.0;
+        divisors[i] = metric == Metric::cosine ? divisor(norms[first + i]) : 1.0;
       }
       C* out = packed.data.get() + first * width;
-      tiles.pack[static_cast<int>(storage)](pointers.data(), count, width, centre, scales.data(), out);
+      tiles.pack[static_cast<int>(storage)](pointers.data(), count, width, centre, divisors.data(), out);
       if (metric != Metric::euclidean) continue;
       std::fill(squares.begin(), squares.end(), 0.0);
       for (int64_t d = 0; d < width; ++d)

@@ -26,5 +26,7 @@ inline std::vector<double> norms_of(const Rows& rows, Storage storage, Metric me
 
 // 1 / norm, at most 1 / eps; 0 for a zero row, which has similarity 0 and gradient 0.
 inline double inverse_norm(double norm) { return norm == 0 ? 0 : 1 / (norm < kNormEps ? kNormEps : norm); }
+// The same to divide by, which is rounded once: rows of one number have cosines of exactly 1 and -1, and tie.
+inline double divisor(double norm) { return norm == 0 ? INFINITY : norm < kNormEps ? kNormEps : norm; }
 
 }  // namespace kdfast

@@ -120,7 +120,7 @@ int64_t product(const void* rows, const void* columns, int64_t width, const Filt
 }
 
 template <class S>
-void pack(const void* const* rows, int64_t count, int64_t width, const double* centre, const double* scales, void* panel) {
+void pack(const void* const* rows, int64_t count, int64_t width, const double* centre, const double* divisors, void* panel) {
   using C = typename Compute<S>::type;
   constexpr int W = Simd<C>::width, P = kPanel<C>;
   C* out = static_cast<C*>(panel);
@@ -132,7 +132,7 @@ void pack(const void* const* rows, int64_t count, int64_t width, const double* c
         const S* row = static_cast<const S*>(rows[i]) + d;
         store(lanes, n == W ? load(row) : load_tail(row, n, C(0)));
         for (int64_t l = 0; l < n; ++l)
-          lanes[l] = static_cast<C>((lanes[l] - (centre ? centre[d + l] : 0)) * scales[i]);
+          lanes[l] = static_cast<C>((lanes[l] - (centre ? centre[d + l] : 0)) / divisors[i]);
       }
       for (int64_t l = 0; l < n; ++l) out[(d + l) * P + i] = lanes[l];
     }

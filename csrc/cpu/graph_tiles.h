@@ -31,9 +31,9 @@ struct Filter {
 };
 
 struct GraphTiles {
-  // Rows [0, count) widened, `centre` (double, or null) subtracted, times scales[i]; lanes beyond count are 0.
+  // Rows [0, count) widened, `centre` (double, or null) subtracted, over divisors[i]; lanes beyond count are 0.
   using Pack = void (*)(const void* const* rows, int64_t count, int64_t width, const double* centre,
-                        const double* scales, void* panel);
+                        const double* divisors, void* panel);
   // Leaves the product of two panels in `tile` (panel * panel values) and its hits in `hits` (room for 2 * panel * panel).
   using Product = int64_t (*)(const void* rows, const void* columns, int64_t width, const Filter&, void* tile, void* hits);
 

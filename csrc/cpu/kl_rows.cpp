@@ -41,7 +41,7 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
   const C max_s = block_max(s, n), max_t = form == Form::student ? C(0) : block_max(t, n);
   // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
   const C inverse_s = C(row.inverse_student), factor_s = C(row.inverse_student * kLog2E);
-  const C factor_t = C(row.inverse_teacher * kLog2E);
+  const C inverse_t = C(row.inverse_teacher), factor_t = C(row.inverse_teacher * kLog2E);
   Vec<C> sum_s{}, sum_t{}, cross{}, hard{}, logits{}, student_x{}, teacher_x{};
   each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
     // The next block comes from memory while this one is computed.
@@ -49,18 +49,21 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
     if constexpr (form != Form::student) __builtin_prefetch(next_t + i, 0, 2);
     const Vec<C> shifted = read(extent, s, i, n, C(-kInfinity)) - max_s;
     const Vec<C> y_s = shifted * factor_s, e_s = exp2_nonpositive<C>(y_s);
-    Vec<C> kept_b{}, difference{};
+    Vec<C> kept_b{};
     sum_s += e_s;
     if constexpr (form != Form::student) {
-      const Vec<C> y_t = (read(extent, t, i, n, C(-kInfinity)) - max_t) * factor_t, e_t = exp2_nonpositive<C>(y_t);
+      const Vec<C> shifted_t = read(extent, t, i, n, C(-kInfinity)) - max_t;
+      const Vec<C> y_t = shifted_t * factor_t, e_t = exp2_nonpositive<C>(y_t);
+      // Not by y: where T is a power of 2 the products are exact.
+      const Vec<C> difference = shifted * inverse_s - shifted_t * inverse_t;
       sum_t += e_t;
       kept_b = e_t;
       // An exponential of 0 adds 0 whatever the difference is: it may be inf - inf.
       if constexpr (form == Form::reverse) {
-        kept_b = e_s == C(0) ? Vec<C>{} : (y_s - y_t) * C(kLn2);
+        kept_b = e_s == C(0) ? Vec<C>{} : difference;
         cross += e_s * kept_b;
       } else if constexpr (form == Form::js) {
-        difference = (y_s - y_t) * C(kLn2);
+        if (keep_c) write(extent, keep_c, i, n, difference);
       } else {
         cross += e_t == C(0) ? Vec<C>{} : e_t * (y_t - y_s);
       }
@@ -78,7 +81,6 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
     if (keep_a) {
       write(extent, keep_a, i, n, e_s);
       if constexpr (form != Form::student) write(extent, keep_b, i, n, kept_b);
-      if constexpr (form == Form::js) write(extent, keep_c, i, n, difference);
     }
   });
   constexpr bool has_teacher = form != Form::student, has_hard = form == Form::forward_hard;
@@ -140,13 +142,16 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
     const C* a = static_cast<const C*>(scratch.a) + begin;
     const C* b = static_cast<const C*>(scratch.b) + begin;
     const C* c = static_cast<const C*>(scratch.c) + begin;
-    const C k = C(blocks[block].k), l = C(blocks[block].l), m = C(blocks[block].m), o = C(blocks[block].n);
+    const C k = C(blocks[block].k), l = C(blocks[block].l), o = C(blocks[block].n);
+    const double rest = blocks[block].l - double(l);  // NaN where l is infinite
+    const C m = shape != Shape::product ? C(blocks[block].m) : rest == rest ? C(rest) : C(0);
     each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
       const Vec<C> va = read(extent, a, i, n, C(0));
       Vec<C> value = va * k;
       if constexpr (shape == Shape::product) {
+        // b and l may be large and nearly equal, so m holds what rounding takes from l.
         // A probability of 0 in the row, if not in its block, adds 0: b may be infinite there. A NaN is not 0.
-        value = value == C(0) ? Vec<C>{} : value * (read(extent, b, i, n, C(0)) - l);
+        value = value == C(0) ? Vec<C>{} : value * (read(extent, b, i, n, C(0)) - l - m);
       } else if constexpr (shape != Shape::one) {
         value -= read(extent, b, i, n, C(0)) * l;
         if constexpr (shape == Shape::hard) value += read(extent, c, i, n, C(0)) * m + o;

@@ -261,6 +261,16 @@ def test_zero_rows_have_cosine_0_and_gradient_0():
     assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_number_tie(dtype):
+    """Their cosines are exactly 1 or -1 whatever the numbers are."""
+    rows = normal(200, 1).to(dtype)
+    found = kdfast.similarity_graph(rows, 150)
+    expected = kdfast.reference.similarity_graph(rows, 150)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.values, expected.values)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_rows_no_width_and_all_rows_equal(metric):
     keys = normal(5, 3).float()
