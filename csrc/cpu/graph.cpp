@@ -5,11 +5,11 @@
 // columns). Memory: the packed rows (N D), and up to 2 k + 24 candidates a row.
 // Distances select more than k of -(|x|^2 + |y|^2 - 2 <x, y>), which cancels for near rows, and compute those again from
 // the differences; a row whose k best are not told apart from the rest by more than rounding is scanned by differences.
-#include <cstdlib>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/array.h"
 #include "cpu/graph.h"
 #include "cpu/graph_select.h"
 #include "cpu/graph_tiles.h"
@@ -28,17 +28,6 @@ constexpr int64_t kSpare = 16;
 
 template <class C> constexpr int kType = sizeof(C) == 8;
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class C> using Buffer = std::unique_ptr<C, Free>;
-template <class C> Buffer<C> allocate(int64_t count) {
-  constexpr size_t line = 64;
-  void* memory = std::aligned_alloc(line, (std::max<int64_t>(count, 1) * sizeof(C) + line - 1) / line * line);
-  STD_TORCH_CHECK(memory != nullptr, "kdfast::graph: out of memory");
-  return Buffer<C>(static_cast<C*>(memory));
-}
-
 // Which columns may be neighbours of which rows.
 struct Admitted {
   int64_t rows, columns;  // beyond them is the last panel's padding
@@ -54,7 +43,7 @@ struct Admitted {
 // Rows as panels.
 template <class C> struct Packed {
   int64_t panel, panels, width;
-  Buffer<C> data;
+  Array<C> data;
   std::vector<C> squares;  // |x|^2 of the packed rows, for distances alone
 
   const C* at(int64_t p) const { return data.get() + p * panel * width; }
@@ -80,10 +69,9 @@ std::vector<double> mean_row(const Rows& rows, Storage storage) {
 }
 
 template <class C>
-Packed<C> pack(const Rows& rows, Storage storage, Metric metric, const double* centre) {
-  const GraphTiles& tiles = KDFAST_SELECT_LEVEL(graph_tiles);
+Packed<C> pack(const GraphTiles& tiles, const Rows& rows, Storage storage, Metric metric, const double* centre) {
   const int64_t panel = tiles.panel[kType<C>], panels = (rows.count + panel - 1) / panel, width = rows.classes;
-  Packed<C> packed{panel, panels, width, allocate<C>(panels * panel * width), {}};
+  Packed<C> packed{panel, panels, width, uninitialized<C>(panels * panel * width), {}};
   if (metric == Metric::euclidean) packed.squares.resize(panels * panel);
   const std::vector<double> norms = norms_of(rows, storage, metric);
   torch::stable::parallel_for(0, panels, grain(panel * width), [&](int64_t begin, int64_t end) {
@@ -110,8 +98,8 @@ Packed<C> pack(const Rows& rows, Storage storage, Metric metric, const double* c
 // All hits of the tiles go to `best`. A task has its rows to itself, so that nothing is locked.
 template <class C> class Sweep {
  public:
-  Sweep(const Packed<C>& rows, const Packed<C>& columns, const Admitted& admitted, Best<C>& best)
-      : rows_(rows), columns_(columns), admitted_(admitted), best_(best), tiles_(KDFAST_SELECT_LEVEL(graph_tiles)) {
+  Sweep(const GraphTiles& tiles, const Packed<C>& rows, const Packed<C>& columns, const Admitted& admitted, Best<C>& best)
+      : rows_(rows), columns_(columns), admitted_(admitted), best_(best), tiles_(tiles) {
     const int64_t threads = torch::stable::get_num_threads();
     block_ = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, rows.panel * rows.width * sizeof(C)));
     block_ = std::min(block_, std::max<int64_t>(1, rows.panels / (4 * threads)));  // some blocks for each thread
@@ -153,12 +141,12 @@ template <class C> class Sweep {
 
  private:
   struct Scratch {
-    Buffer<C> tile;
-    Buffer<Hit<C>> hits;
+    Array<C> tile;
+    Array<Hit<C>> hits;
   };
   Scratch make_scratch() const {
     const int64_t area = rows_.panel * rows_.panel;
-    return {allocate<C>(area), allocate<Hit<C>>(2 * area)};
+    return {uninitialized<C>(area), uninitialized<Hit<C>>(2 * area)};
   }
   int64_t end_of(int64_t block) const { return std::min((block + 1) * block_, rows_.panels); }
 
@@ -245,13 +233,14 @@ void select(const Rows& rows, const Rows& keys, bool same, Storage storage, Metr
   const bool euclidean = metric == Metric::euclidean;
   const std::vector<double> centre = euclidean ? mean_row(keys, storage) : std::vector<double>();
   const double* subtracted = euclidean ? centre.data() : nullptr;
-  const Packed<C> packed = pack<C>(rows, storage, metric, subtracted);
+  const GraphTiles& tiles = KDFAST_SELECT_LEVEL(graph_tiles);  // once: panels of one level are no panels of another
+  const Packed<C> packed = pack<C>(tiles, rows, storage, metric, subtracted);
   Best<C> best(rows.count, packed.panels * packed.panel, euclidean ? k + kSpare : k);
   if (same) {
-    Sweep<C>(packed, packed, admitted, best).halves();
+    Sweep<C>(tiles, packed, packed, admitted, best).halves();
   } else {
-    const Packed<C> columns = pack<C>(keys, storage, metric, subtracted);
-    Sweep<C>(packed, columns, admitted, best).all();
+    const Packed<C> columns = pack<C>(tiles, keys, storage, metric, subtracted);
+    Sweep<C>(tiles, packed, columns, admitted, best).all();
   }
   torch::stable::parallel_for(0, rows.count, grain(k * rows.classes), [&](int64_t begin, int64_t end) {
     Distances<C> distances(rows, keys, storage, packed, admitted, k);

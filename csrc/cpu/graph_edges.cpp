@@ -7,8 +7,6 @@
 namespace kdfast {
 namespace {
 
-template <class S> using ComputeOf = typename Compute<S>::type;
-
 constexpr int kChains = 4;  // independent sums: additions have a latency of about 4
 
 // A vector of C in double: as many lanes, so of float twice the bytes.

@@ -22,8 +22,6 @@ struct Options {
 // log sigmoid(u), finite for any u
 double log_sigmoid(double u) { return u < 0 ? u - std::log1p(std::exp(u)) : -std::log1p(std::exp(-u)); }
 double sigmoid(double u) { return u < 0 ? std::exp(u) / (1 + std::exp(u)) : 1 / (1 + std::exp(-u)); }
-// p (log p - log q), 0 where p is
-double kl_term(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (log_p - log_q); }
 
 class RowLoss {
  public:

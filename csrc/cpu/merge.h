@@ -59,6 +59,9 @@ inline RowStats merge(const std::vector<BlockStats>& blocks, Form form, double i
   return row;
 }
 
+// A class's share of a divergence, p (log p - log q); 0 where p is.
+inline double kl_term(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (log_p - log_q); }
+
 inline Moments merge(const std::vector<Moments>& blocks) {
   Moments row{0, 0, 0};
   for (const Moments& b : blocks) {

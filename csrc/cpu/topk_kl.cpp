@@ -64,8 +64,6 @@ double log_sum_exp(const std::vector<double>& x, double also = -INFINITY) {
 // log(1 - exp(x)) for x <= 0, by the formula that does not cancel on its side of log(1/2).
 double log1m_exp(double x) { return x > -M_LN2 ? std::log(-std::expm1(x)) : std::log1p(-std::exp(x)); }
 
-double kl_term(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (log_p - log_q); }
-
 // One row's listed classes.
 struct Listed {
   std::vector<int64_t> classes;
