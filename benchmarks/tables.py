@@ -90,7 +90,9 @@ def show(title: str, headers: list[str], rows: list[list[str]]) -> None:
         shown.add_column(header)
     for row in rows:
         shown.add_row(*row)
-    console.Console().print(shown)
+    terminal = console.Console()
+    # In a file, as wide as it takes: folded cells cannot be read.
+    (terminal if terminal.is_terminal else console.Console(width=250)).print(shown)
 
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:

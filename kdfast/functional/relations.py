@@ -147,7 +147,7 @@ def rkd_angle_loss(
             option.
 
     Neither N^3 cosines nor N^2 differences are held: on the CPU and with Triton the cosines are made of squared
-    distances, in O(N^2 D + N^3) operations and O(N^2) memory.
+    distances, in O(N^2 D + N^3) operations and O(N^2) memory, on the CPU that much for each thread.
 
     Two coincident rows have no direction between them: its cosines are 0 and pass gradient 0.
 
