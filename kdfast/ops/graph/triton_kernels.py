@@ -302,9 +302,8 @@ def _gradient_kernel(
     order_ptr, begin_ptr,  # None: none end here
     values_ptr, slopes_ptr, grad_ptr, width, k, METRIC: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    slices = tl.cdiv(width, BD)
-    row = (tl.program_id(0) // slices).to(tl.int64)
-    d = tl.program_id(0) % slices * BD + tl.arange(0, BD)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
     lanes = tl.arange(0, K)
     x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
     total = tl.zeros([BD], tl.float32)
@@ -529,7 +528,8 @@ def _gradient(
     a = coefficients(own, metric)
     b = a if own is other else coefficients(other, metric)
     width, k = own.shape[1], indices.shape[1]
-    _gradient_kernel[(own.shape[0] * triton.cdiv(width, ROW_BLOCK),)](
+    # Up to 65535 slices, 4 million features. One axis of both, as for hits, takes registers that fp32 lacks: it spills.
+    _gradient_kernel[(own.shape[0], triton.cdiv(width, ROW_BLOCK))](
         own, other, a, b, indices if outgoing else None, order, begin, values, slopes, grad, width, k,
         METRIC=metric, K=selection(k).k, BD=ROW_BLOCK, num_warps=ROW_WARPS,
     )  # fmt: skip
