@@ -123,12 +123,10 @@ def select(op: str, tensor: Tensor) -> str:
     for backend in KERNELS.get(op, ()):
         if can_run(backend, op, device_type, dtype)[0]:
             return backend
-    if device_type == "cuda" and dtype == torch.float64 and op in KERNELS:
-        _warn_once("kdfast runs the plain PyTorch reference on CUDA tensors of float64: kernels take narrower types")
-    elif device_type == "cuda" and _missing_triton is not None and op in KERNELS:
-        _warn_once(f"kdfast runs the plain PyTorch reference on CUDA tensors: {_missing_triton}")
-    if device_type == "cpu" and _missing_extension is not None and op in KERNELS:
-        _warn_once(f"kdfast runs the plain PyTorch reference on CPU tensors: {_missing_extension}")
+    default = {"cpu": CPU, "cuda": TRITON}.get(device_type)
+    if default is not None and op in KERNELS:
+        reason = can_run(default, op, device_type, dtype)[1]
+        _warn_once(f"kdfast runs the plain PyTorch reference on {device_type.upper()} tensors: {reason}")
     return REFERENCE
 
 

@@ -163,8 +163,7 @@ def check_positive(name: str, value: float) -> None:
 
 def check_temperature(temperature: float) -> None:
     """The temperature is finite and above 0."""
-    if not (isinstance(temperature, float) and 0 < temperature < math.inf):
-        check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -320,9 +319,7 @@ def check_projection(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | N
         if tensor is None:
             continue
         check_same_device(name, tensor, f"{side}_hidden", hidden)
-        # autocast brings them to one dtype itself
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise TypeError(f"{name} and {side}_hidden must have the same dtype, got {tensor.dtype} and {hidden.dtype}")
+        _check_dtype_outside_autocast(name, tensor, f"{side}_hidden", hidden)
 
 
 def check_projection_pair(
@@ -330,12 +327,7 @@ def check_projection_pair(
 ) -> None:
     """Two checked projections form logits of one shape."""
     check_same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    # autocast brings them to one dtype itself
-    if student_hidden.dtype != teacher_hidden.dtype and not torch.is_autocast_enabled(student_hidden.device.type):
-        raise TypeError(
-            f"student_hidden and teacher_hidden must have the same dtype, got {student_hidden.dtype} and "
-            f"{teacher_hidden.dtype}"
-        )
+    _check_dtype_outside_autocast("student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             f"student_hidden and teacher_hidden must have the same leading shape, got {tuple(student_hidden.shape)} "
@@ -451,6 +443,12 @@ def check_k(k: int, upper: int, upper_name: str) -> None:
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 1 <= k <= upper:
         raise ValueError(f"k must be between 1 and {upper_name} = {upper}, got {k}")
+
+
+def _check_dtype_outside_autocast(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors have one dtype, to which autocast would bring them itself."""
+    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(f"{name} and {other_name} must have the same dtype, got {tensor.dtype} and {other.dtype}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

@@ -18,14 +18,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Like the student, or with no elements; float for float16.
+// Float for float16.
 Tensor feature_grad(const Tensor& student, bool needs_grad) {
-  std::vector<int64_t> shape{0};
-  if (needs_grad) {
-    shape.clear();
-    for (int64_t d = 0; d < student.dim(); ++d) shape.push_back(student.size(d));
-  }
-  return empty_gradient(shape, storage_of(student) == Storage::float16 ? ScalarType::Float : student.scalar_type());
+  return make_grad(student, needs_grad, storage_of(student) == Storage::float16 ? ScalarType::Float : student.scalar_type());
 }
 
 Tensor scalar(const Tensor& student, double value) {

@@ -13,8 +13,7 @@
 #include "cpu/array.h"
 #include "cpu/pool.h"
 #include "cpu/rkd_kernels.h"
-#include "cpu/rows.h"
-#include "cpu/scalar.h"
+#include "cpu/row_runner.h"
 
 namespace kdfast {
 namespace {
@@ -227,9 +226,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
                                const Options& options, bool needs_grad) {
   const int64_t rows = student.size(0), d = student.size(1);
   const ScalarType type = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
-  const std::vector<int64_t> grad_shape = needs_grad ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
   Tensor loss = empty({}, type);
-  Tensor grad = empty_gradient(grad_shape, type);
+  Tensor grad = make_grad(student, needs_grad, type);
   C* value = static_cast<C*>(loss.data_ptr());
   C* out = static_cast<C*>(grad.data_ptr());
 

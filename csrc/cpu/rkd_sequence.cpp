@@ -14,8 +14,7 @@
 #include "cpu/pool.h"
 #include "cpu/rkd_kernels.h"
 #include "cpu/rkd_sequence_kernels.h"
-#include "cpu/rows.h"
-#include "cpu/scalar.h"
+#include "cpu/row_runner.h"
 #include "math/triplet.h"
 #include "math/turn.h"
 
@@ -80,9 +79,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
                                bool needs_grad) {
   const int64_t n = student.size(0), length = student.size(1), d = student.size(2);
   const ScalarType type = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
-  const std::vector<int64_t> grad_shape = needs_grad ? std::vector<int64_t>{n, length, d} : std::vector<int64_t>{0};
   Tensor loss = empty({}, type);
-  Tensor grad = empty_gradient(grad_shape, type);
+  Tensor grad = make_grad(student, needs_grad, type);
   C* out = static_cast<C*>(grad.data_ptr());
   const bool* keep = mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr;
   const auto counts = [&](int64_t r) { return keep == nullptr || (keep[r] && keep[r + 1] && keep[r + 2]); };

@@ -16,13 +16,13 @@ std::vector<int64_t> leading_shape(const Tensor& student) {
 
 }  // namespace
 
-Tensor make_grad(const Tensor& student, bool needs_grad) {
+Tensor make_grad(const Tensor& student, bool needs_grad, std::optional<ScalarType> dtype) {
   std::vector<int64_t> shape{0};
   if (needs_grad) {
     shape = leading_shape(student);
     shape.push_back(student.size(student.dim() - 1));
   }
-  return empty_gradient(shape, student.scalar_type());
+  return empty_gradient(shape, dtype.value_or(student.scalar_type()));
 }
 
 Output make_output(const Rows& student, const Tensor& grad, const std::optional<Tensor>& mask,

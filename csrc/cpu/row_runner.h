@@ -71,7 +71,7 @@ class Workspace {
 template <class Body> void each_block(int64_t classes, bool shared, const Body& body) {
   const int64_t blocks = num_blocks(classes);
   if (shared)
-    torch::stable::parallel_for(0, blocks, kGrain / kBlock, body);
+    torch::stable::parallel_for(0, blocks, grain(kBlock), body);
   else
     body(0, blocks);
 }
@@ -87,7 +87,7 @@ void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& ro
     out.loss[r] = 0;
     if (out.wants_grad()) std::memset(out.grad_row(r), 0, out.classes * out.grad.element_size);
   };
-  const int64_t threads = torch::stable::get_num_threads(), portions = num_blocks(out.classes) * kBlock / kGrain;
+  const int64_t threads = torch::stable::get_num_threads(), portions = num_blocks(out.classes) / grain(kBlock);
   if (out.count < threads && out.count < portions) {  // a row alone keeps more threads busy than all rows side by side
     auto workspace = make_workspace();
     for (int64_t r = 0; r < out.count; ++r) run(r, workspace, true);
@@ -99,8 +99,9 @@ void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& ro
   });
 }
 
-// The gradient for `needs_grad`: empty, or of the student's shape.
-torch::stable::Tensor make_grad(const torch::stable::Tensor& student, bool needs_grad);
+// The gradient for `needs_grad`: empty, or of the student's shape. Of the student's dtype where no other is given.
+torch::stable::Tensor make_grad(const torch::stable::Tensor& student, bool needs_grad,
+                                std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
 
 // Losses go to `loss`, gradients to `grad` (nowhere if it is empty); counts the rows `mask` keeps.
 Output make_output(const Rows& student, const torch::stable::Tensor& grad, const std::optional<torch::stable::Tensor>& mask,

@@ -90,8 +90,7 @@ class ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _scaled(ctx.saved_tensors[0], grad_output)
-        grad = grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype)
+        grad = _scaled(ctx.saved_tensors[0], grad_output).to(ctx.dtype)
         return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
 
 
