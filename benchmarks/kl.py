@@ -21,6 +21,15 @@ try:
     from liger_kernel.transformers import LigerKLDIVLoss
 except ImportError:
     LigerKLDIVLoss = None
+try:
+    from speculators.losses import kl_div_loss as speculators_kl_div_loss
+except ImportError:
+    speculators_kl_div_loss = None
+try:
+    from fast_llm.functional.config import EntropyLossType, TargetFormat
+    from fast_llm.functional.triton.entropy_loss import triton_entropy_loss_forward_backward
+except ImportError:
+    triton_entropy_loss_forward_backward = None
 
 TEMPERATURE = 4.0
 SHAPES = [(128, 100), (256, 1000), (512, 32000), (256, 128256)]
@@ -33,6 +42,8 @@ BASELINES = {
     "eager": ("eager reference", "eager F.kl_div"),
     "torch.compile": ("compiled reference", "compiled F.kl_div"),
     "Liger": ("Liger",),
+    "speculators": ("speculators",),
+    "Fast-LLM": ("Fast-LLM",),
 }
 
 
@@ -48,6 +59,46 @@ def liger(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     log_p_student = F.log_softmax(student_logits.float() / TEMPERATURE, dim=-1)
     log_p_teacher = F.log_softmax(teacher_logits.float() / TEMPERATURE, dim=-1)
     return LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_p_student, log_p_teacher) * TEMPERATURE**2
+
+
+def speculators(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """vLLM's kernel takes one sequence of logits and no temperature. To divide by 4 is exact in half types too."""
+    sequences = (tensor.div(TEMPERATURE).unsqueeze(0) for tensor in (student_logits, teacher_logits))
+    return speculators_kl_div_loss(*sequences).mean() * TEMPERATURE**2
+
+
+class FastLLM(torch.autograd.Function):
+    """Fast-LLM's kernel writes the gradient in forward, and is told before by what it will be multiplied: here 1."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        value, _, ctx.gradient = triton_entropy_loss_forward_backward(
+            student_logits,
+            teacher_logits,
+            loss_mask=None,
+            grad_output=1.0,
+            logits_scale_factor=1 / TEMPERATURE,  # of both sides; its ``temperature`` is the teacher's alone
+            target_format=TargetFormat.logits,
+            entropy_loss_type=EntropyLossType.forward_kl,
+            divisor=len(student_logits) / TEMPERATURE**2,
+        )
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
+def fast_llm(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    return FastLLM.apply(student_logits, teacher_logits)
+
+
+# Other libraries: what is imported of each, None where it is not installed, and how it computes the loss.
+PEERS: dict[str, tuple[object, Loss]] = {
+    "Liger": (LigerKLDIVLoss, liger),
+    "speculators": (speculators_kl_div_loss, speculators),
+    "Fast-LLM": (triton_entropy_loss_forward_backward, fast_llm),
+}
 
 
 def by_cluster(loss: Loss, **inputs: Tensor) -> Tensor:
@@ -105,8 +156,9 @@ def case(name: str, function: str, arguments: dict[str, Any], shape: tuple[int, 
         plain["F.kl_div"] = common_form
         if kdfast.backends.can_run(kdfast.backends.CUDA, "kl", options.device.type)[0] and shape[1] >= LONG_ROWS:
             candidates["kdfast, cluster"] = step(partial(by_cluster, fast), inputs)
-        if LigerKLDIVLoss is not None and options.device.type == "cuda":
-            candidates["Liger"] = step(liger, inputs)
+        if options.device.type == "cuda":
+            installed = {label: loss for label, (imported, loss) in PEERS.items() if imported is not None}
+            candidates.update({label: step(loss, inputs) for label, loss in installed.items()})
     for label, loss in plain.items():
         candidates[f"eager {label}"] = step(loss, inputs)
         candidates[f"compiled {label}"] = compiled(loss, inputs)
@@ -120,7 +172,7 @@ def case(name: str, function: str, arguments: dict[str, Any], shape: tuple[int, 
         floors=floors(**inputs),
         floor_bytes=3 * inputs["student_logits"].nbytes,
         ours=tuple(label for label in candidates if label.startswith("kdfast")),
-        peers=frozenset({"Liger"}),
+        peers=frozenset(PEERS),
         term_size=TEMPERATURE**2,
     )
 

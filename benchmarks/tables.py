@@ -6,6 +6,7 @@ N, have our own time and the share of an N x N matrix in the table as well.
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 try:
@@ -66,8 +67,8 @@ def candidates(result: Result) -> Rows:
                 row.append(f"{p50:.2f} ({p20:.2f} to {p80:.2f})")
             rows.append([*row, _mebibytes(first["peak_bytes"].get(name))])
         rows += [
-            [first["name"], shape(first), name, *("left out: wrong" for _ in allocators), ""]
-            for name in first["refused"]
+            [first["name"], shape(first), name, *(f"left out: {shorten(reason, 60)}" for _ in allocators), ""]
+            for name, reason in first["refused"].items()
         ]
         rows += [
             [first["name"], shape(first), name, *(f"needs {_gigabytes(count)}" for _ in allocators), ""]

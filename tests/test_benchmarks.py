@@ -140,7 +140,21 @@ def test_a_wrong_peer_is_left_out_and_its_error_written_down():
     record = harness.measure(case, budget=0)
     assert "other" not in record["seconds"]
     assert record["refused"]["other"].startswith("value: error 0.01")
-    assert "left out: wrong" in tables.markdown(*tables.candidates(result_of(record)))
+    assert "left out: value: error 0.01" in tables.markdown(*tables.candidates(result_of(record)))
+
+
+def test_a_peer_that_fails_is_left_out_and_our_own_stops_the_measurement():
+    def does_not_compile(student_logits, teacher_logits):
+        raise RuntimeError("no such instruction")
+
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        harness.check(with_candidate(small_case(), does_not_compile))
+    case = dataclasses.replace(with_candidate(small_case(), does_not_compile), peers=frozenset({"other"}))
+    assert harness.check(case) == {"other": "RuntimeError: no such instruction"}
+
+
+def test_every_peer_has_a_column_of_its_own():
+    assert {label: kl.BASELINES[label] for label in kl.PEERS} == {label: (label,) for label in kl.PEERS}
 
 
 def test_a_record_has_times_memory_and_ratios_of_every_candidate():
