@@ -42,7 +42,7 @@ NO_DEVICE = "no CUDA device"
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "not available"
 EXIT_NO_DEVICE = 3
 KEPT_LINES = 60  # of the output of what fails
-PROCESSES = min(8, os.cpu_count() or 1)  # share the parity tests: most of their time is compiling, on the CPU
+PROCESSES = min(15, os.cpu_count() or 1)  # share the parity tests: most of their time is compiling, on the CPU
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -269,9 +269,9 @@ STAGES = {
 }
 
 
-def chosen(names: Sequence[str]) -> dict[str, Stage]:
-    """The stages ``names``, with all the time that there is shared out in proportion to their budgets."""
-    share = SECONDS / sum(STAGES[name].budget for name in names)
+def chosen(names: Sequence[str], seconds: float = SECONDS) -> dict[str, Stage]:
+    """The stages ``names``, with ``seconds`` shared out in proportion to their budgets."""
+    share = seconds / sum(STAGES[name].budget for name in names)
     return {name: STAGES[name]._replace(budget=round(share * STAGES[name].budget)) for name in names}
 
 
@@ -341,7 +341,11 @@ def start(folder: Path, environment: dict[str, Any]) -> Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; default: all")
-    names = parser.parse_args(arguments).stages or list(STAGES)
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for all of them together (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    names = options.stages or list(STAGES)
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     environment, problem = look()
@@ -349,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem is not None and "KDFAST_GPU_RESULTS" not in os.environ:
         folder = ROOT / "build"  # nothing was measured: not among the results
     run = start(folder, environment)
-    code = run_stages(run, chosen(names), problem)
+    code = run_stages(run, chosen(names, options.seconds), problem)
     if problem is not None:
         write_summary(run)
     print(f"Written: {run.path}", flush=True)

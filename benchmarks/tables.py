@@ -1,7 +1,7 @@
 """A result file as tables, for the terminal and for the README.
 
-Ratios: milliseconds are in the file. Only losses on all pairs of N rows, whose time and memory are looked at against
-N, have our own time and the share of an N x N matrix in the table as well.
+Ratios: milliseconds are in the file. Our own time is in the table of a GPU, which has a name, and of losses on all
+pairs of N rows, whose time and memory are looked at against N; these have the share of an N x N matrix as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def summary(result: Result) -> Rows:
     allocators = _allocators(result)
     columns = list(dict.fromkeys(column for record in result["cases"] for column in record["fastest"]))
     pairs = any(record.get("matrix_bytes") for record in result["cases"])
-    headers = ["loss", "shape", "type", *(["kdfast's time"] if pairs else [])]
+    timed = pairs or result["environment"]["device"] == "cuda"
+    headers = ["loss", "shape", "type", *(["kdfast's time"] if timed else [])]
     for allocator in allocators:
         suffix = "" if allocator == "default" else f", {allocator}"
         headers += [f"vs {column}{suffix}" for column in columns] + [f"time over floor{suffix}"]
@@ -34,7 +35,7 @@ def summary(result: Result) -> Rows:
         record = records[allocators[0]]
         for ours in record["speedup"]:
             row = [record["name"] + ours.removeprefix("kdfast"), shape(record), record["dtype"]]
-            row += [f"{record['seconds'][ours]['p50'] * 1e3:.3g} ms"] if pairs else []
+            row += [f"{record['seconds'][ours]['p50'] * 1e3:.3g} ms"] if timed else []
             for allocator in allocators:
                 measured = records[allocator]
                 row += [_times(measured, ours, column) for column in columns]

@@ -19,12 +19,12 @@ def report() -> str:
         f"cpu kernels: {_cpu_line()}",
         f"cuda device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
         "",
-        "op          on CPU tensors   on CUDA tensors",
+        "op            on CPU tensors   on CUDA tensors",
     ]
     missing = []
     for op, kernels in backends.KERNELS.items():
         chosen = [_chosen(op, device) for device in ("cpu", "cuda")]
-        lines.append(f"{op:<12}{chosen[0]:<17}{chosen[1]}")
+        lines.append(f"{op:<14}{chosen[0]:<17}{chosen[1]}")
         for backend in (*kernels, *backends.UNMEASURED.get(op, ())):
             able, reason = backends.can_run(backend, op, "cpu" if backend == backends.CPU else "cuda")
             if not able:

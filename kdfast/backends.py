@@ -34,6 +34,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "graph": (CPU, TRITON),  # triton: unmeasured
     "rkd": (CPU, TRITON),  # triton: unmeasured
     "rkd_sequence": (CPU, TRITON),  # triton: unmeasured
+    "scale": (TRITON,),  # a part of backward, chosen by no function
 }
 # Kernels that run where they are forced alone: not measured yet against the default of their op.
 UNMEASURED: dict[str, tuple[str, ...]] = {
@@ -82,6 +83,11 @@ def use(name: str) -> Iterator[None]:
 def is_forced(backend: str) -> bool:
     """Whether ``backend`` was asked for by name."""
     return _forced == backend
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on a GPU."""
+    return tensor.is_cuda
 
 
 def on_nvidia(tensor: Tensor) -> bool:

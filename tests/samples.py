@@ -141,7 +141,7 @@ def softmax_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
 
 
 def dkd_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:
-    return softmax_terms(inputs, options) * (options["alpha"] + options["beta"])
+    return softmax_terms(inputs, options) * (options.get("alpha", 1.0) + options.get("beta", 8.0))
 
 
 def standardized_terms(inputs: Inputs, options: Mapping[str, Any]) -> float:

@@ -107,11 +107,11 @@ def assert_parity(
 ) -> None:
     """``kdfast.<name>`` (or ``function``) keeps the rule for value and every gradient, and leaves its inputs alone.
 
-    On ``device``; the truth is computed on the CPU.
+    On ``device``, where the truth is computed too.
     """
     reference = getattr(kdfast.reference, name)
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    truth_arguments = cast({**rounded, **options}, torch.float64)
+    truth_arguments = cast({**rounded, **options}, torch.float64, device=device)
     shape = first_output(reference(**truth_arguments)).shape
     generator = torch.Generator().manual_seed(seed)
     grad_output = torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -227,6 +227,7 @@ def test_each_sanitizer_has_a_verdict_of_its_own(tmp_path, monkeypatch):
 def made_up_result() -> dict:
     measured = result_of(record_of("default", 9.0))
     measured["environment"] |= ENVIRONMENT
+    measured["cases"][0]["seconds"] = {ours: {"p50": 0.0123} for ours in measured["cases"][0]["speedup"]}
     return {
         "environment": dict(ENVIRONMENT),
         "stages": {
@@ -252,7 +253,7 @@ def test_the_summary_names_what_failed_and_what_was_skipped(tmp_path):
         "| sanitizer | not available | compute-sanitizer is not installed |",
         "- `tests/cuda/a.py::b`",
         "- 1 tests: one device",
-        "| forward KL | 512x32000 | float32 | 9.0x |",
+        "| forward KL | 512x32000 | float32 | 12.3 ms | 9.0x |",
     ):
         assert part in text, part
     pytest.importorskip("matplotlib")
@@ -275,7 +276,9 @@ def test_the_readme_shows_the_newest_run_and_says_where_there_is_none(tmp_path):
     text = readme_tables.updated(readme, tmp_path)
     assert "NVIDIA H100" in text and "A100" not in text
     assert "[nvidia-h100.json](benchmarks/results/nvidia-h100.json)" in text
-    assert text.count("| forward KL | 512x32000 | float32 | 9.0x |") == 2  # the run's own section, and the op's
+    assert (
+        text.count("| forward KL | 512x32000 | float32 | 12.3 ms | 9.0x |") == 2
+    )  # the run's own section, and the op's
     assert "`rkd`" not in text  # nothing of it was measured
 
 

@@ -15,17 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.ops.scale import scale_
+
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
-
-# Schemas are defined from Python, so that ops exist where the C++ extension does not.
-LIBRARY = torch.library.Library("kdfast", "FRAGMENT")
-
-
-def define(schema: str) -> None:
-    """Defines an op that is differentiated by a ``torch.autograd.Function`` around it."""
-    LIBRARY.define(schema)
-    # Nothing for autograd to do inside: its fallback would cost as much as a short row's arithmetic.
-    LIBRARY.impl(schema.split("(", 1)[0], torch.library.fallthrough_kernel, "Autograd")
 
 
 def apply(function: type[torch.autograd.Function], student: Tensor, *arguments: Any) -> Tensor:
@@ -101,9 +93,7 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * grad_output.detach()).to(grad.dtype)
-    if grad_output.is_cpu and grad_output.item() == 1:
-        return grad
-    return grad.mul_(grad_output.detach())
+    return scale_(grad, grad_output.detach())
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

@@ -125,6 +125,11 @@ def rkd_sequence() -> list[Call]:
     ]
 
 
+def scale() -> list[Call]:
+    """A gradient of half a block, and one of several with a rest."""
+    return [Call("kl_divergence", (5,), width, {"reduction": "sum"}) for width in (1000, 8189)]
+
+
 def signs(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Tensor:
     """Rows of 1 and -1: where the width is a power of 4, similarities are exact in every dtype, and many are equal.
 
@@ -176,6 +181,7 @@ CALLS: dict[str, Callable[[], list[Call]]] = {
     "relation": relation,
     "rkd": rkd,
     "rkd_sequence": rkd_sequence,
+    "scale": scale,
     "topk_kl": topk_kl,
 }
 DTYPES = (torch.bfloat16, torch.float32)

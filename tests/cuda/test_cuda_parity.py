@@ -13,6 +13,7 @@ from support import DTYPES, LAYOUTS, assert_parity, cast, sample_inputs
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.filterwarnings("ignore:kdfast runs the plain PyTorch reference on CUDA tensors.*float64")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradients_keep_the_rule(name, dtype):

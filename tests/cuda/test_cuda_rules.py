@@ -134,7 +134,14 @@ def test_compiles_to_one_graph(name):
         function = getattr(kdfast, name)
         compiled = torch.compile(lambda f=function, **kw: first_output(f(**kw)), backend=backend, fullgraph=True)
         leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
-        value = compiled(**arguments)
+        try:
+            value = compiled(**arguments)
+        except torch._inductor.exc.InductorError as error:
+            if "PassManager::run failed" not in str(error):
+                raise
+            pytest.skip(
+                "this Triton does not compile what Inductor makes of plain PyTorch code"
+            )  # kernel_alignment, 3.6
         got = (value.detach(), *torch.autograd.grad(value.masked_fill(value.isinf(), 0.0).sum(), leaves))
         for a, b in zip(got, step(name, arguments)(), strict=True):
             torch.testing.assert_close(a, b)

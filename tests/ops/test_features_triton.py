@@ -46,7 +46,8 @@ def compare_builds(target: str) -> Iterator[Build]:
     from kdfast.ops.features import triton_kernels
 
     signature = {name: "*fp32" for name in ("student_ptr", "teacher_ptr", "loss_ptr")}
-    signature |= {"pixels": "i32"} | {name: "fp32" for name in ("student_share", "teacher_share", "scale", "p")}
+    signature |= {name: "i32" for name in ("student_parts", "teacher_parts", "pixels")}
+    signature |= {name: "fp32" for name in ("student_share", "teacher_share", "scale", "p")}
     for pixels in COMPARED:
         for normalize in (True, False):
             label = f"compare pixels={pixels}" + (" normalized" if normalize else "")
@@ -66,8 +67,8 @@ def mse_builds(target: str, dtype: str) -> Iterator[Build]:
     from kdfast.ops.features import triton_kernels
 
     signature = {f"{side}_ptr": f"*{dtype}" for side in ("student", "teacher", "grad")}
-    signature |= {"mask_ptr": "*u8", "count_ptr": "*fp32", "loss_ptr": "*fp32"}
-    signature |= {"rows": "i32", "width": "i32", "slope": "fp32"}
+    signature |= {"mask_ptr": "*u8", "count_ptr": "*i64", "loss_ptr": "*fp32"}
+    signature |= {"rows": "i32", "width": "i32", "factor": "fp32"}
     aligned = ("student_ptr", "teacher_ptr", "grad_ptr", "width")
     unmasked = {"mask_ptr": None, "count_ptr": None, "BY_ROW": False}
     for label, constants in {

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
+from kdfast.ops.autograd import ScalarLoss, apply, scalar_loss_like
+from kdfast.ops.library import LIBRARY, define
 
 define(
     "attention(Tensor student_maps, Tensor teacher_maps, float p, bool normalize, bool needs_grad) -> (Tensor, Tensor)"

@@ -15,13 +15,15 @@ from kdfast.ops.features.function import gradient_dtype
 EPS = tl.constexpr(1e-12)  # of the attention's norm
 # Elements of a tile, and warps: 8 elements a thread; with 16 ptxas spills. Unmeasured.
 TILE, WARPS = 1024, 4
+# Programs that share a map's channels: 8 on each of a hundred multiprocessors.
+PROGRAMS = 1024
 
 
-# a[n, pixel] = sum over channels of |f|^p: one program takes a sample's pixels, (BC, BP) at a time.
+# a[part, n, pixel] = sum over a part of the channels of |f|^p: one program takes a sample's pixels, (BC, BP) at a time.
 # Floor: the map's bytes, read once; powers other than 1 and 2 take two special-function operations an element.
 @triton.jit
 def _power_kernel(
-    map_ptr, a_ptr,  # contiguous (N, channels, pixels) and float32 (N, pixels)
+    map_ptr, a_ptr,  # contiguous (N, channels, pixels) and float32 (parts, N, pixels)
     channels, pixels, p,
     POWER: tl.constexpr,  # p where it is 1 or 2, else 0
     BC: tl.constexpr,
@@ -29,15 +31,17 @@ def _power_kernel(
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BP + tl.arange(0, BP)
+    part, parts = tl.program_id(2), tl.num_programs(2)
     channel = tl.arange(0, BC)
     start = map_ptr + sample * channels * pixels
     total = tl.zeros([BC, BP], tl.float32)
-    for first in range(0, channels, BC):
+    for first in range(part * BC, channels, parts * BC):
         inside = (first + channel < channels)[:, None] & (pixel < pixels)[None, :]
         here = (first + channel).to(tl.int64)[:, None] * pixels + pixel[None, :]
         f = tl.load(start + here, mask=inside, other=0.0).to(tl.float32)
         total += _power(tl.abs(f), p, POWER)
-    tl.store(a_ptr + sample * pixels + pixel, tl.sum(total, axis=0), mask=pixel < pixels)
+    row = part * tl.num_programs(0).to(tl.int64) + sample
+    tl.store(a_ptr + row * pixels + pixel, tl.sum(total, axis=0), mask=pixel < pixels)
 
 
 @triton.jit
@@ -53,12 +57,12 @@ def _power(x, p, POWER: tl.constexpr):
 
 
 # One program a sample: both attentions over their norms, the loss, and k = p / C * dL/da over the student's sums.
-# Reads 8 bytes a pixel three times, from cache, and writes 4: little beside the maps.
-@triton.jit
+# Reads 8 bytes a pixel and part three times, from cache, and writes 4: little beside the maps.
+@triton.jit(do_not_specialize=["student_parts", "teacher_parts"])
 def _compare_kernel(
-    student_ptr, teacher_ptr,  # float32 (N, pixels): sums over channels; the student's are overwritten with k
+    student_ptr, teacher_ptr,  # float32 (parts, N, pixels): sums over channels; k overwrites the student's first part
     loss_ptr,  # float32, one a sample
-    pixels, student_share, teacher_share,  # 1 / channels
+    student_parts, teacher_parts, pixels, student_share, teacher_share,  # shares: 1 / channels
     scale, p,
     NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,7 +77,9 @@ def _compare_kernel(
         squares_s = tl.zeros([BLOCK], tl.float32)
         squares_t = tl.zeros([BLOCK], tl.float32)
         for first in range(0, pixels, BLOCK):
-            s, t, _ = _pair(student, teacher, first, pixels, student_share, teacher_share, BLOCK)
+            s, t, _ = _pair(
+                student, teacher, student_parts, teacher_parts, first, pixels, student_share, teacher_share, BLOCK
+            )
             squares_s += s * s
             squares_t += t * t
         norm_s = tl.sqrt_rn(tl.sum(squares_s, axis=0, keep_dims=True))
@@ -84,14 +90,18 @@ def _compare_kernel(
     loss = tl.zeros([BLOCK], tl.float32)
     along = tl.zeros([BLOCK], tl.float32)
     for first in range(0, pixels, BLOCK):
-        s, t, _ = _pair(student, teacher, first, pixels, student_share, teacher_share, BLOCK)
+        s, t, _ = _pair(
+            student, teacher, student_parts, teacher_parts, first, pixels, student_share, teacher_share, BLOCK
+        )
         d = s * inverse_s - t * inverse_t
         loss += d * d
         along += d * (s * inverse_s)
-    tl.store(loss_ptr + sample, tl.sum(loss, axis=0))
+    tl.store(loss_ptr + sample, tl.sum(loss, axis=0) * scale)
     projected = tl.where(moves, tl.sum(along, axis=0, keep_dims=True), 0.0)
     for first in range(0, pixels, BLOCK):
-        s, t, pixel = _pair(student, teacher, first, pixels, student_share, teacher_share, BLOCK)
+        s, t, pixel = _pair(
+            student, teacher, student_parts, teacher_parts, first, pixels, student_share, teacher_share, BLOCK
+        )
         u = s * inverse_s
         d = u - t * inverse_t
         k = (d - projected * u) * (inverse_s * (2.0 * scale * p * student_share))
@@ -99,11 +109,22 @@ def _compare_kernel(
 
 
 @triton.jit
-def _pair(student, teacher, first, pixels, student_share, teacher_share, BLOCK: tl.constexpr):
+def _pair(
+    student, teacher, student_parts, teacher_parts, first, pixels, student_share, teacher_share, BLOCK: tl.constexpr
+):
     pixel = first + tl.arange(0, BLOCK)
-    s = tl.load(student + pixel, mask=pixel < pixels, other=0.0) * student_share
-    t = tl.load(teacher + pixel, mask=pixel < pixels, other=0.0) * teacher_share
+    s = _sum_of_parts(student, student_parts, pixel, pixels, BLOCK) * student_share
+    t = _sum_of_parts(teacher, teacher_parts, pixel, pixels, BLOCK) * teacher_share
     return s, t, pixel
+
+
+@triton.jit
+def _sum_of_parts(a, parts, pixel, pixels, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, parts):
+        row = part * tl.num_programs(0).to(tl.int64)
+        total += tl.load(a + row * pixels + pixel, mask=pixel < pixels, other=0.0)
+    return total
 
 
 @triton.jit
@@ -183,9 +204,9 @@ def _pool_grad_kernel(pooled_ptr, grad_ptr, H, W, h, w, BLOCK: tl.constexpr):
 def _mse_kernel(
     student_ptr, teacher_ptr, grad_ptr,  # contiguous; grad None: no gradient
     mask_ptr,  # None, or bytes: one an element, or one a row of `width` elements
-    count_ptr,  # float32: elements that count, with a mask
+    count_ptr,  # int64: entries of the mask that count
     loss_ptr,  # float32, one a program
-    rows, width, slope,
+    rows, width, factor,  # 1 / elements, where all count
     BY_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -195,13 +216,14 @@ def _mse_kernel(
     if mask_ptr is not None:
         entry = here // width if BY_ROW else here
         keep = keep & (tl.load(mask_ptr + entry, mask=inside, other=0) != 0)
-        slope = 2.0 / tl.maximum(tl.load(count_ptr), 1.0)
+        count = tl.load(count_ptr) * (width if BY_ROW else 1)
+        factor = 1.0 / tl.maximum(count, 1).to(tl.float32)
     s = tl.load(student_ptr + here, mask=keep, other=0.0).to(tl.float32)
     t = tl.load(teacher_ptr + here, mask=keep, other=0.0).to(tl.float32)
     d = s - t
-    tl.store(loss_ptr + tl.program_id(0), tl.sum(d * d, axis=0))
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(d * d, axis=0) * factor)
     if grad_ptr is not None:
-        tl.store(grad_ptr + here, d * slope, mask=inside)
+        tl.store(grad_ptr + here, d * (2.0 * factor), mask=inside)
 
 
 def tile(pixels: int) -> tuple[int, int]:
@@ -248,13 +270,15 @@ def attention(
     with torch.cuda.device_of(student_maps):
         student, teacher = _pooled(student_maps, h, w), _pooled(teacher_maps, h, w)
         # Not slices of one: where those begin, which kernels are compiled for, depends on the batch.
-        sums = [torch.empty((n, pixels), dtype=torch.float32, device=grad.device) for _ in range(2)]
-        for maps, a in zip((student, teacher), sums, strict=True):
-            _power_kernel[(n, blocks)](
-                maps, a, maps.shape[1], pixels, p, POWER=power, BC=bc, BP=bp, num_warps=WARPS
-            )  # fmt: skip
+        sums = []
+        for maps in (student, teacher):
+            channels = maps.shape[1]
+            parts = max(1, min(triton.cdiv(PROGRAMS, n * blocks), triton.cdiv(channels, bc)))
+            a = torch.empty((parts, n, pixels), dtype=torch.float32, device=grad.device)
+            _power_kernel[(n, blocks, parts)](maps, a, channels, pixels, p, POWER=power, BC=bc, BP=bp, num_warps=WARPS)
+            sums.append(a)
         _compare_kernel[(n,)](
-            sums[0], sums[1], losses, pixels, 1 / c, 1 / teacher.shape[1], scale, p,
+            *sums, losses, *(len(a) for a in sums), pixels, 1 / c, 1 / teacher.shape[1], scale, p,
             NORMALIZE=normalize, BLOCK=block(pixels), num_warps=WARPS,
         )  # fmt: skip
         if needs_grad:
@@ -266,7 +290,7 @@ def attention(
             if pooled:
                 grid = (n * c, triton.cdiv(H * W, 256))
                 _pool_grad_kernel[grid](out, grad, H, W, h, w, BLOCK=256, num_warps=WARPS)
-    return (losses.sum(dtype=torch.float64) * scale).float(), grad
+    return losses.sum(), grad
 
 
 def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_grad: bool) -> tuple[Tensor, Tensor]:
@@ -280,14 +304,12 @@ def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gra
     by_row = mask is not None and mask.shape != student.shape
     rows = student.shape[0]
     width = size // max(rows, 1)
-    # Only the device knows it: it stays there.
-    count = None if mask is None else (mask.sum() * (width if by_row else 1)).float()
+    count = None if mask is None else mask.sum()  # only the device knows it: it stays there
     if programs:
         with torch.cuda.device_of(student):
             _mse_kernel[(programs,)](
                 student, teacher, grad if needs_grad else None,
                 None if mask is None else mask.contiguous().view(torch.uint8), count,
-                losses, rows, width, 2 / size, BY_ROW=by_row, BLOCK=TILE, num_warps=WARPS,
+                losses, rows, width, 1 / size, BY_ROW=by_row, BLOCK=TILE, num_warps=WARPS,
             )  # fmt: skip
-    total = losses.sum(dtype=torch.float64)
-    return (total / (max(size, 1) if count is None else count.clamp(min=1))).float(), grad
+    return losses.sum(), grad

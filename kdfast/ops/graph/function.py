@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, apply, define, differentiable_once, loss_like
+from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, differentiable_once, loss_like
+from kdfast.ops.library import LIBRARY, define
 
 METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
 MAX_K = 128  # neighbours a row that the kernels keep

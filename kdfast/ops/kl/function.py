@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kdfast import backends
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, apply, define, differentiable_once, loss_like
+from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, differentiable_once, loss_like
+from kdfast.ops.library import LIBRARY, define
+from kdfast.ops.scale import scale_
 
 KINDS = {"forward": 0, "reverse": 1, "js": 2, "dkd": 3, "standardized": 4}
 
@@ -96,9 +98,9 @@ class _KLInplace(torch.autograd.Function):
             )
         ctx.spent = True
         grad = ctx.saved_tensors[0].detach()
-        if grad_output.dim() > 0:
-            grad_output = grad_output.unsqueeze(-1)
-        return differentiable_once(grad.mul_(grad_output.detach())), None, None, None, None, None
+        factor = grad_output.detach()
+        grad = grad.mul_(factor.unsqueeze(-1)) if factor.dim() > 0 else scale_(grad, factor)
+        return differentiable_once(grad), None, None, None, None, None
 
 
 def kl(

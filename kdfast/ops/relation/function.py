@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
+from kdfast.ops.autograd import ScalarLoss, apply, scalar_loss_like
+from kdfast.ops.library import LIBRARY, define
 from kdfast.ops.relation import products, tiles
 
 define(

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
+from kdfast.ops.autograd import ScalarLoss, apply, scalar_loss_like
+from kdfast.ops.library import LIBRARY, define
 
 
 class Options(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, ScalarLoss, apply, define, scalar_loss_like
+from kdfast.ops.autograd import ScalarLoss, apply, scalar_loss_like
+from kdfast.ops.library import LIBRARY, define
 
 # The mean over the angles that count of (theta_s - theta_t)^2, of sequences (N, L, D), and its gradient for grad_output
 # 1 (empty unless needs_grad), both float32 for half types: float16 is rounded to after the loss scale has reached it.

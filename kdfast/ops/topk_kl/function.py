@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import LIBRARY, REDUCTIONS, RowLoss, apply, define, loss_like
+from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, loss_like
+from kdfast.ops.library import LIBRARY, define
 
 TAILS = {"drop": 0, "bucket": 1, "renormalize": 2}
 
