@@ -46,7 +46,7 @@ def kl() -> list[Call]:
         ("kd_loss", {"temperature": 3.0, "label_smoothing": 0.1}),
         ("kd_loss", {"temperature": 4.0, "label_smoothing": 0.0}),
     ]
-    widths = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32000, 128256)
+    widths = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16000, 128256)
     calls = [Call(name, (5,), width, options) for width in widths for name, options in kinds]
     for width, temperature, smoothing in product((8192, 128256), (1.0, 2.0, 3.0, 4.0), (0.0, 0.1)):
         calls.append(Call("kd_loss", (5,), width, {"temperature": temperature, "label_smoothing": smoothing}))

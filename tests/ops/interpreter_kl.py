@@ -103,7 +103,7 @@ def launch(
     options |= VARIANTS[variant][0] | changed
     if options.pop("labelled", False) and labels is None:
         labels = some_labels(*student.shape[:-1], classes=student.shape[-1])
-    monkeypatch.setattr(triton_kernels, "tiling", lambda classes, itemsize: TILINGS[tiling])
+    monkeypatch.setattr(triton_kernels, "tiling", lambda *arguments: TILINGS[tiling])
     arguments = (teacher, labels, mask, row_weight)
     numbers = [
         options[name]

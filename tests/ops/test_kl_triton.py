@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import pytest
 from triton_support import TARGETS, Build, Resources, compile_all, loops, needs_triton, run_in_interpreter
@@ -29,7 +30,7 @@ MORE_VARIANTS: dict[str, tuple[int, float, float, float, bool]] = {
 # One V for each way to lay rows on programs: several rows, one row in one tile, one row in several tiles.
 CLASSES = (128, 8192, 128256)
 # The other lines of the tables in triton_kernels.py: as many elements a thread, other numbers of rows and warps.
-MORE_CLASSES = (16, 32, 64, 256, 512, 1024, 2048, 4096, 32000)
+MORE_CLASSES = (16, 32, 64, 256, 512, 1024, 2048, 4096, 16000)
 DTYPES = {"bf16": 2, "fp32": 4}
 
 
@@ -37,10 +38,9 @@ def build(variant: str, classes: int, dtype: str, target: str, *, needs_grad: bo
     from kdfast.ops.kl import triton_kernels
 
     kind, temperature, ce_weight, label_smoothing, labels = (VARIANTS | MORE_VARIANTS)[variant]
-    tile = triton_kernels.tiling(classes, DTYPES[dtype])
-    constants, options = triton_kernels.options_of(
-        kind, temperature, ce_weight, label_smoothing, tile, nvidia=TARGETS[target][0] == "cuda"
-    )
+    nvidia = TARGETS[target][0] == "cuda"
+    tile = triton_kernels.tiling(classes, DTYPES[dtype], triton_kernels.is_labelled(kind, ce_weight), nvidia)
+    constants, options = triton_kernels.options_of(kind, temperature, ce_weight, label_smoothing, tile, nvidia)
     # What a launch on contiguous tensors specializes on: one stride reaches all rows.
     constants |= {f"{side}_split": 1 for side in ("student", "teacher", "grad")}
     constants |= {} if labels else {"labels_ptr": None}
@@ -177,7 +177,8 @@ def test_a_shift_is_the_same_number_wherever_it_stands(compiled):
     from kdfast.ops.kl import triton_kernels
 
     for nvidia in (True, False):
-        _, options = triton_kernels.options_of(0, 1.0, 0.0, 0.0, triton_kernels.tiling(100, 4), nvidia)
+        tile = triton_kernels.tiling(100, 4, False, nvidia)
+        _, options = triton_kernels.options_of(0, 1.0, 0.0, 0.0, tile, nvidia)
         assert options["enable_fp_fusion"] is False
     for name, resources in compiled.items():
         if "ptx" in resources.text and "count" not in name:
@@ -189,11 +190,13 @@ def test_a_shift_is_the_same_number_wherever_it_stands(compiled):
 def test_tables_cover_every_number_of_classes():
     from kdfast.ops.kl import triton_kernels
 
-    tested = {triton_kernels.tiling(classes, 2) for classes in (*CLASSES, *MORE_CLASSES)}
-    for classes in [*range(1, 9000, 7), 32000, 65536, 65537, 151936, 201088, 262144, 2**31 - 1]:
-        tile = triton_kernels.tiling(classes, 2)
-        assert tile in tested, (classes, tile)
-        assert not tile.one_tile or tile.b >= classes
+    for itemsize, labelled, nvidia in product((2, 4), (False, True), (False, True)):
+        of = (itemsize, labelled, nvidia)
+        tested = {triton_kernels.tiling(classes, *of) for classes in (*CLASSES, *MORE_CLASSES)}
+        for classes in [*range(1, 9000, 7), 32000, 65536, 65537, 151936, 201088, 262144, 2**31 - 1]:
+            tile = triton_kernels.tiling(classes, *of)
+            assert tile in tested, (classes, tile)
+            assert not tile.one_tile or tile.b >= classes
 
 
 def test_the_gate_sees_spills():
