@@ -9,11 +9,15 @@ namespace kdfast::gpu {
 
 namespace cg = cooperative_groups;
 
-// 16 bytes to shared memory, past the registers; the thread that asked may read them after wait().
-__device__ __forceinline__ void copy_16(uint4* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+// 16 bytes to shared memory, past the registers; the thread that asked may read them after wait(). What it read there
+// before, it has: cuda::pipeline of one thread relies on the same order. A predicate, as the compiler would move into a
+// branch the arithmetic of addresses that is the same for a whole row.
+__device__ __forceinline__ void copy_16(bool wanted, uint4* shared, const void* global) {
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.s32 wanted, %0, 0; @wanted cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"(
+          static_cast<int>(wanted)),
+      "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global)
+      : "memory");
 }
 // What was asked for since the last commit() belongs together.
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -37,7 +41,7 @@ __device__ __forceinline__ void cluster_arrive() { cg::this_cluster().barrier_ar
 __device__ __forceinline__ void cluster_wait() { cg::this_cluster().barrier_wait(); }
 // The same variable in another block's shared memory.
 template <class T>
-__device__ __forceinline__ const T* of_rank(T* shared, unsigned rank) {
+__device__ __forceinline__ T* of_rank(T* shared, unsigned rank) {
   return cg::this_cluster().map_shared_rank(shared, rank);
 }
 #endif

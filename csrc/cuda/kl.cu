@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+
 #include "cuda/cluster.cuh"
 #include "cuda/kl_cluster.cuh"
 
@@ -16,16 +18,16 @@ using kdfast::gpu::KlArguments;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-// Blocks a row, as many as every device that has clusters allows. 128256 bfloat16 logits on either side are 64 KB a
-// block then, and three blocks fit on an SM.
-constexpr int kBlocks = 8;
+// Of a row in a block, if kMostBlocks are enough for that: three such blocks fit on an SM. 128256 bfloat16 logits on
+// either side take 8 blocks then, 32000 take 2.
+constexpr int kBytes = 1 << 16;
 
 template <class T, bool REVERSE>
-__global__ void __launch_bounds__(kThreads, 2) kl_cluster_kernel(const KlArguments arguments) {
+__global__ void __launch_bounds__(kThreads, 3) kl_cluster_kernel(const KlArguments arguments) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 slice[];
-  __shared__ kdfast::PairSums of_warps[kThreads / 32], of_block;
-  kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(arguments, slice, of_warps, &of_block);
+  __shared__ kdfast::PairSums of_warps[2][kdfast::gpu::kMostBlocks * kThreads / 32];
+  kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(arguments, slice, of_warps);
 #endif
 }
 
@@ -34,34 +36,44 @@ void check(cudaError_t error, const char* what) {
 }
 
 template <class T, bool REVERSE>
-void launch(const KlArguments& arguments, int64_t rows, int32_t device, cudaStream_t stream) {
+void launch(const KlArguments& arguments, int32_t device, cudaStream_t stream) {
   const int64_t chunks = arguments.classes / kdfast::gpu::Chunk<T>::kSize;
-  const int bytes = static_cast<int>(2 * 16 * ((chunks + kBlocks - 1) / kBlocks));
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  STD_TORCH_CHECK(bytes + 1024 <= most, "kdfast::kl_cluster: rows of ", arguments.classes, " classes do not fit in ",
-                  kBlocks, " blocks");
+  const auto bytes_of = [&](int blocks) { return 2 * 16 * ((chunks + blocks - 1) / blocks); };
+  int blocks = 1, most = 0, clusters = 0;  // few blocks wait less for one another
+  while (blocks < kdfast::gpu::kMostBlocks && bytes_of(blocks) > kBytes) blocks *= 2;
   const auto kernel = kl_cluster_kernel<T, REVERSE>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  most -= static_cast<int>(2 * kdfast::gpu::kMostBlocks * kThreads / 32 * sizeof(kdfast::PairSums));
+  STD_TORCH_CHECK(bytes_of(blocks) <= most, "kdfast::kl_cluster: rows of ", arguments.classes,
+                  " classes do not fit in ", blocks, " blocks");
+  // The same for every call, as other threads may launch the same kernel for other rows.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "shared memory");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kBlocks, 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(rows * kBlocks));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = static_cast<size_t>(bytes_of(blocks));
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
+  // As many as run at once, not blocks that fit by blocks a cluster: a cluster stays within one part of the device, and
+  // one too many would begin its rows when the others have ended theirs.
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "clusters");
+  STD_TORCH_CHECK(clusters > 0, "kdfast::kl_cluster: no cluster of ", blocks, " blocks fits on the device");
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(arguments.rows, clusters) * blocks));
   check(cudaLaunchKernelEx(&config, kernel, arguments), "launch");
 }
 
 template <class T>
-void launch(bool reverse, const KlArguments& arguments, int64_t rows, int32_t device, cudaStream_t stream) {
+void launch(bool reverse, const KlArguments& arguments, int32_t device, cudaStream_t stream) {
   if (reverse)
-    launch<T, true>(arguments, rows, device, stream);
+    launch<T, true>(arguments, device, stream);
   else
-    launch<T, false>(arguments, rows, device, stream);
+    launch<T, false>(arguments, device, stream);
 }
 
 template <class T>
@@ -79,20 +91,18 @@ void kl_cluster(Tensor student, Tensor teacher, std::optional<Tensor> grad, Tens
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int64_t rows = student.size(0);
-  STD_TORCH_CHECK(rows * kBlocks < (int64_t{1} << 31), "kdfast::kl_cluster: too many rows: ", rows);
   const double log2e = 1.4426950408889634;
   const KlArguments arguments{
       student.data_ptr(), teacher.data_ptr(), grad ? grad->data_ptr() : nullptr, static_cast<float*>(losses.data_ptr()),
       data_of<uint8_t>(mask), data_of<double>(row_weight), data_of<float>(count_factor),
-      student.stride(0), teacher.stride(0), static_cast<int32_t>(student.size(1)),
+      student.stride(0), teacher.stride(0), student.size(0), static_cast<int32_t>(student.size(1)),
       static_cast<float>(log2e / temperature), static_cast<float>(scale), static_cast<float>(scale / temperature),
       static_cast<float>(weight)};
   const auto on = static_cast<cudaStream_t>(stream);
   switch (student.scalar_type()) {
-    case ScalarType::Float: return launch<float>(reverse, arguments, rows, device, on);
-    case ScalarType::Half: return launch<c10::Half>(reverse, arguments, rows, device, on);
-    case ScalarType::BFloat16: return launch<c10::BFloat16>(reverse, arguments, rows, device, on);
+    case ScalarType::Float: return launch<float>(reverse, arguments, device, on);
+    case ScalarType::Half: return launch<c10::Half>(reverse, arguments, device, on);
+    case ScalarType::BFloat16: return launch<c10::BFloat16>(reverse, arguments, device, on);
     default: STD_TORCH_CHECK(false, "kdfast::kl_cluster takes float16, bfloat16 or float32");
   }
 }

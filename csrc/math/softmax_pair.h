@@ -1,7 +1,8 @@
 // Sums over two rows of logits in one read, and the divergence of their softmaxes: scalar maths of CPU and GPU alike.
 //
 // y = logit * factor - shift with factor = log2(e) / T and shift = maximum * factor, rounded once and the same number
-// wherever it stands; e = 2^y is in [0, 1]. float32 throughout; relative error of a sum of n terms about sqrt(n) 2^-24.
+// wherever it stands; e = 2^y is in [0, 1], up to 2^kSlack while sums grow. float32 throughout; relative error of a sum
+// of n terms about sqrt(n) 2^-24.
 #pragma once
 
 #include <cmath>
@@ -25,6 +26,17 @@ KDFAST_HOST_DEVICE float shift_of(float largest, float factor) {
 #endif
 }
 
+// An e below 2^-126 is 0 on a GPU: to keep it would take three more instructions in the innermost loops.
+KDFAST_HOST_DEVICE float power_of_2(float y) {
+#ifdef __CUDA_ARCH__
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
+  return e;
+#else
+  return exp2f(y);
+#endif
+}
+
 // Of part of a row, or of all of it.
 struct PairSums {
   float max_s = kMinusInfinity, max_t = kMinusInfinity;
@@ -38,7 +50,7 @@ KDFAST_HOST_DEVICE PairSums moved(PairSums sums, float max_s, float max_t, float
   const float d_s = shift_of(sums.max_s, factor) - shift_of(max_s, factor);
   const float d_t = shift_of(sums.max_t, factor) - shift_of(max_t, factor);
   // Only a sum without a finite logit, which is 0, moves up: it must not meet an infinite power.
-  const float f_s = exp2f(fminf(d_s, 0.f)), f_t = exp2f(fminf(d_t, 0.f));
+  const float f_s = power_of_2(fminf(d_s, 0.f)), f_t = power_of_2(fminf(d_t, 0.f));
   // A sum may be infinite where its factor is 0.
   if (REVERSE)
     sums.cross = f_s == 0 ? 0.f : f_s * (sums.cross + sums.sum_s * (d_s - d_t));
@@ -51,40 +63,42 @@ KDFAST_HOST_DEVICE PairSums moved(PairSums sums, float max_s, float max_t, float
   return sums;
 }
 
-// The sums of two parts together; the same bits whichever of them comes first.
+// Sums of a row that come a few logits at a time.
+//
+// They stay relative to maxima that later logits exceed by up to kSlack in y. Some lane of a warp's 32 sees a new maximum
+// nearly always, and the others would wait while its sums move.
 template <bool REVERSE>
-KDFAST_HOST_DEVICE PairSums joined(const PairSums& a, const PairSums& b, float factor) {
-  const float max_s = fmaxf(a.max_s, b.max_s), max_t = fmaxf(a.max_t, b.max_t);
-  PairSums x = moved<REVERSE>(a, max_s, max_t, factor);
-  const PairSums y = moved<REVERSE>(b, max_s, max_t, factor);
-  x.sum_s += y.sum_s;
-  x.sum_t += y.sum_t;
-  x.cross += y.cross;
-  return x;
-}
+struct GrowingPairSums {
+  PairSums sums;
+  float top_s = kMinusInfinity, top_t = kMinusInfinity;      // largest logits so far
+  float limit_s = kMinusInfinity, limit_t = kMinusInfinity;  // beyond them the sums move
+  float shift_s = 0, shift_t = 0;                            // of the sums' maxima
 
-// ``sums`` and N more logits of either row.
-template <bool REVERSE, int N>
-KDFAST_HOST_DEVICE PairSums extended(const PairSums& sums, const float (&s)[N], const float (&t)[N], float factor) {
-  float max_s = sums.max_s, max_t = sums.max_t;
-  for (int i = 0; i < N; ++i) {
-    max_s = fmaxf(max_s, s[i]);
-    max_t = fmaxf(max_t, t[i]);
+  static constexpr float kSlack = 8;
+
+  template <int N>
+  KDFAST_HOST_DEVICE void add(const float (&s)[N], const float (&t)[N], float factor) {
+    for (int i = 0; i < N; ++i) {
+      top_s = fmaxf(top_s, s[i]);
+      top_t = fmaxf(top_t, t[i]);
+    }
+    if (top_s > limit_s || top_t > limit_t) {
+      sums = moved<REVERSE>(sums, top_s, top_t, factor);
+      shift_s = shift_of(top_s, factor);
+      shift_t = shift_of(top_t, factor);
+      limit_s = top_s + kSlack / factor;
+      limit_t = top_t + kSlack / factor;
+    }
+    for (int i = 0; i < N; ++i) {
+      const float y_s = fmaf(s[i], factor, -shift_s), y_t = fmaf(t[i], factor, -shift_t);
+      const float e_s = power_of_2(y_s), e_t = power_of_2(y_t);
+      sums.sum_s += e_s;
+      sums.sum_t += e_t;
+      const float e = REVERSE ? e_s : e_t, difference = REVERSE ? y_s - y_t : y_t - y_s;
+      if (e != 0) sums.cross = fmaf(e, difference, sums.cross);
+    }
   }
-  PairSums x = moved<REVERSE>(sums, max_s, max_t, factor);
-  const float shift_s = shift_of(max_s, factor), shift_t = shift_of(max_t, factor);
-  for (int i = 0; i < N; ++i) {
-    const float y_s = fmaf(s[i], factor, -shift_s), y_t = fmaf(t[i], factor, -shift_t);
-    const float e_s = exp2f(y_s), e_t = exp2f(y_t);
-    x.sum_s += e_s;
-    x.sum_t += e_t;
-    if (REVERSE)
-      x.cross += e_s == 0 ? 0.f : e_s * (y_s - y_t);
-    else
-      x.cross += e_t == 0 ? 0.f : e_t * (y_t - y_s);
-  }
-  return x;
-}
+};
 
 // What a whole row's sums say: the divergence in nats, and the gradient with respect to a student's logit.
 template <bool REVERSE>
@@ -103,9 +117,9 @@ struct PairDivergence {
 
   KDFAST_HOST_DEVICE float gradient(float s, float t) const {
     const float y_s = fmaf(s, factor, -shift_s), y_t = fmaf(t, factor, -shift_t);
-    const float e_s = exp2f(y_s);
+    const float e_s = power_of_2(y_s);
     if (REVERSE) return e_s == 0 ? 0.f : e_s * k_s * ((y_s - y_t) - middle);
-    return product(e_s, k_s) - product(exp2f(y_t), k_t);  // not an fma: equal rows give exactly 0
+    return product(e_s, k_s) - product(power_of_2(y_t), k_t);  // not an fma: equal rows give exactly 0
   }
 
  private:

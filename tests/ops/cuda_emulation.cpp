@@ -1,8 +1,12 @@
 // The cluster kernel of kl on threads of the CPU: each thread of a cluster is one, each barrier a barrier.
 //
-// Copies arrive when they are waited for and not before, and shared memory begins as NaN, so that whoever reads what
-// another thread copied, or too early, reads NaN.
+// A copy makes its 16 bytes NaN when it is asked for, and arrives when it is waited for and not before, so that whoever
+// reads what another thread copied, too early, or after it asked for what comes next, reads NaN. The last block is late
+// from every barrier, so that others that do not wait for it overwrite what it has yet to read. Copies from anywhere but
+// a row that counts are themselves counted.
+#include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -18,7 +22,7 @@ struct uint4 {
 struct Index {
   unsigned x = 0;
 };
-thread_local Index blockIdx, threadIdx;
+thread_local Index gridDim, blockIdx, threadIdx;
 
 #include "math/softmax_pair.h"
 #include "torch/headeronly/util/BFloat16.h"
@@ -29,9 +33,9 @@ namespace {
 constexpr int kThreads = 64;
 
 struct Block {
-  std::barrier<> all{kThreads}, warps[kThreads / 32]{std::barrier<>{32}, std::barrier<>{32}};
+  std::barrier<> warps[kThreads / 32]{std::barrier<>{32}, std::barrier<>{32}};
   float lanes[kThreads];
-  kdfast::PairSums of_warps[kThreads / 32], of_block;
+  kdfast::PairSums of_warps[2][8 * kThreads / 32];
   std::vector<uint4> slice;
 };
 
@@ -47,14 +51,38 @@ thread_local std::optional<std::barrier<>::arrival_token> token;
 thread_local std::vector<std::vector<std::function<void()>>> groups;  // of copies that have not arrived
 
 Block& block() { return cluster->blocks[rank]; }
-void __syncthreads() { block().all.arrive_and_wait(); }
+
+// Rows that may be read.
+struct Readable {
+  const char* begin;
+  int64_t stride, row_bytes;
+};
+Readable readable[2];
+const uint8_t* counts;
+int64_t row_count;
+std::atomic<int64_t> misread;
+
+bool may_read(const void* bytes) {
+  for (const Readable& rows : readable) {
+    const int64_t offset = static_cast<const char*>(bytes) - rows.begin;
+    const int64_t row = rows.stride == 0 ? 0 : offset / rows.stride;
+    if (offset < 0 || row >= row_count || offset - row * rows.stride + 16 > rows.row_bytes) continue;
+    return counts == nullptr || rows.stride == 0 || counts[row] != 0;
+  }
+  return false;
+}
 
 }  // namespace
 
 namespace kdfast::gpu {
 
-void copy_16(uint4* shared, const void* global) {
-  groups.back().push_back([=] { std::memcpy(shared, global, 16); });
+void copy_16(bool wanted, uint4* shared, const void* global) {
+  if (!wanted) return;
+  std::memset(shared, 0xff, 16);
+  if (may_read(global))
+    groups.back().push_back([=] { std::memcpy(shared, global, 16); });
+  else
+    ++misread;
 }
 void commit() { groups.emplace_back(); }
 template <int LEFT>
@@ -79,9 +107,10 @@ void cluster_arrive() { token = cluster->all.arrive(); }
 void cluster_wait() {
   cluster->all.wait(std::move(*token));
   token.reset();
+  if (rank + 1 == cluster->blocks.size()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
 }
 template <class T>
-const T* of_rank(T* shared, unsigned other) {
+T* of_rank(T* shared, unsigned other) {
   const auto offset = reinterpret_cast<char*>(shared) - reinterpret_cast<char*>(&block());
   return reinterpret_cast<T*>(reinterpret_cast<char*>(&cluster->blocks[other]) + offset);
 }
@@ -93,9 +122,17 @@ const T* of_rank(T* shared, unsigned other) {
 namespace {
 
 template <class T, bool REVERSE>
-void run(const kdfast::gpu::KlArguments& a, int64_t rows, int size) {
+void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
   const int chunks = a.classes / kdfast::gpu::Chunk<T>::kSize, per_block = (chunks + size - 1) / size;
-  for (int64_t row = 0; row < rows; ++row) {
+  const auto rows_of = [&](const void* x, int64_t stride) {
+    const int64_t element = sizeof(T);
+    return Readable{static_cast<const char*>(x), stride * element, a.classes * element};
+  };
+  readable[0] = rows_of(a.student, a.student_stride);
+  readable[1] = rows_of(a.teacher, a.teacher_stride);
+  counts = a.mask;
+  row_count = a.rows;
+  for (int c = 0; c < clusters; ++c) {
     Cluster shared(size);
     for (Block& b : shared.blocks) b.slice.assign(2 * per_block, uint4{~0u, ~0u, ~0u, ~0u});
     std::vector<std::thread> threads;
@@ -104,30 +141,35 @@ void run(const kdfast::gpu::KlArguments& a, int64_t rows, int size) {
         threads.emplace_back([&, r, t] {
           cluster = &shared;
           rank = r;
-          blockIdx.x = static_cast<unsigned>(row * size + r);
+          gridDim.x = static_cast<unsigned>(clusters * size);
+          blockIdx.x = static_cast<unsigned>(c * size + r);
           threadIdx.x = t;
           groups.assign(1, {});
           Block& b = block();
-          kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(a, b.slice.data(), b.of_warps, &b.of_block);
+          kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(a, b.slice.data(), b.of_warps);
         });
     for (auto& thread : threads) thread.join();
   }
 }
 
 template <class T>
-void run(bool reverse, const kdfast::gpu::KlArguments& a, int64_t rows, int size) {
-  reverse ? run<T, true>(a, rows, size) : run<T, false>(a, rows, size);
+void run(bool reverse, const kdfast::gpu::KlArguments& a, int size, int clusters) {
+  reverse ? run<T, true>(a, size, clusters) : run<T, false>(a, size, clusters);
 }
 
 }  // namespace
 
-extern "C" void kl_cluster_on_cpu(const void* student, const void* teacher, void* grad, float* loss, const uint8_t* mask,
-                                  const double* row_weight, const float* count_factor, int64_t student_stride,
-                                  int64_t teacher_stride, int32_t classes, float factor, float scale, float slope,
-                                  float weight, int64_t rows, int size, int type, int reverse) {
-  const kdfast::gpu::KlArguments a{student,        teacher,        grad,    loss,   mask,  row_weight, count_factor,
-                                   student_stride, teacher_stride, classes, factor, scale, slope,      weight};
-  if (type == 0) run<float>(reverse != 0, a, rows, size);
-  if (type == 1) run<c10::BFloat16>(reverse != 0, a, rows, size);
-  if (type == 2) run<c10::Half>(reverse != 0, a, rows, size);
+// Returns how many copies read what they must not.
+extern "C" int64_t kl_cluster_on_cpu(const void* student, const void* teacher, void* grad, float* loss,
+                                     const uint8_t* mask, const double* row_weight, const float* count_factor,
+                                     int64_t student_stride, int64_t teacher_stride, int32_t classes, float factor,
+                                     float scale, float slope, float weight, int64_t rows, int size, int clusters,
+                                     int type, int reverse) {
+  const kdfast::gpu::KlArguments a{student, teacher, grad,    loss,   mask,  row_weight, count_factor, student_stride,
+                                   teacher_stride, rows, classes, factor, scale, slope,      weight};
+  misread = 0;
+  if (type == 0) run<float>(reverse != 0, a, size, clusters);
+  if (type == 1) run<c10::BFloat16>(reverse != 0, a, size, clusters);
+  if (type == 2) run<c10::Half>(reverse != 0, a, size, clusters);
+  return misread;
 }

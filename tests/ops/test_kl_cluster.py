@@ -33,7 +33,13 @@ def emulated(tmp_path_factory):
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w"]
     source = str(Path(__file__).with_name("cuda_emulation.cpp"))
     subprocess.run(["c++", *flags, *include, source, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).kl_cluster_on_cpu
+    function = ctypes.CDLL(str(library)).kl_cluster_on_cpu
+    function.restype = ctypes.c_int64
+
+    def call(*arguments: object) -> None:
+        assert function(*arguments) == 0, "rows were read that do not count or do not exist"
+
+    return call
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -50,6 +56,7 @@ def kl(
     mask: Tensor | None = None,
     row_weight: Tensor | None = None,
     blocks: int = 4,
+    clusters: int = 2,
     needs_grad: bool = True,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -67,6 +74,7 @@ def kl(
         *map(ctypes.c_float, numbers),
         ctypes.c_int64(rows),
         blocks,
+        clusters,
         TYPES[student.dtype],
         int(direction == "reverse"),
     )
@@ -82,8 +90,8 @@ def by_reference(
     return loss.detach(), leaf.grad
 
 
-def check(emulated, student: Tensor, teacher: Tensor, *, blocks: int = 4, **options: object) -> None:
-    fast = kl(emulated, student, teacher, blocks=blocks, **options)
+def check(emulated, student: Tensor, teacher: Tensor, *, blocks: int = 4, clusters: int = 2, **options: object) -> None:
+    fast = kl(emulated, student, teacher, blocks=blocks, clusters=clusters, **options)
     truth = by_reference(student.double(), teacher.double(), **options)
     plain = by_reference(student, teacher, **options)
     of = partial(assert_within_rule, dtype=student.dtype, length=student.numel())
@@ -109,6 +117,51 @@ def test_it_agrees_with_the_reference(emulated, direction, dtype):
 def test_any_number_of_blocks_with_a_last_one_that_has_less_or_nothing(emulated, blocks):
     for classes in (8, 40, 2000):
         check(emulated, *pair(1, classes), blocks=blocks)
+
+
+COUNTING = {
+    "all": None,
+    "in between": [1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1],
+    "not the first nor the last": [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0],
+    "one": [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
+    "none": [0] * 11,
+}
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("clusters", [1, 3, 11])
+@pytest.mark.parametrize("counting", COUNTING)
+def test_a_cluster_takes_row_after_row(emulated, counting, clusters, needs_grad):
+    # Up to two copies a thread in each of the four groups. Each row has maxima of another size.
+    student, teacher = pair(11, 3600, scale=1.0)
+    student, teacher = (x * torch.arange(1, 12)[:, None] for x in (student, teacher))
+    mask = None if COUNTING[counting] is None else torch.tensor(COUNTING[counting], dtype=torch.bool)
+    counts = torch.ones(11, dtype=torch.bool) if mask is None else mask
+    expected = [kl(emulated, student[[i]], teacher[[i]], blocks=2, clusters=1) for i in range(11)]
+    shared = {"blocks": 2, "clusters": clusters, "mask": mask, "needs_grad": needs_grad}
+    for inplace in (False, True) if needs_grad else (False,):
+        loss, grad = kl(emulated, student.clone(), teacher, inplace=inplace, **shared)
+        assert torch.equal(loss, torch.cat([row for row, _ in expected]) * counts)
+        assert grad is None or torch.equal(grad, torch.cat([row for _, row in expected]) * counts[:, None])
+
+
+def test_a_teacher_of_one_row_for_all(emulated):
+    student, teacher = pair(5, 400)
+    expected = kl(emulated, student, teacher[:1].repeat(5, 1))
+    shared = kl(emulated, student, teacher[:1].expand(5, -1))
+    assert all(torch.equal(*both) for both in zip(shared, expected, strict=True))
+
+
+@every_direction
+def test_logits_that_grow_along_the_row(emulated, direction):
+    """Sums keep the maxima of earlier logits for a while: by little, by much, from -inf, down again."""
+    steps = torch.tensor([0.0, 3.0, 7.0, 7.5, 40.0, 39.0, 300.0, -math.inf]).repeat_interleave(500)
+    student, teacher = pair(3, 4000)
+    student[0], teacher[0] = student[0] + steps, teacher[0] + steps
+    student[1], teacher[1] = student[1] + steps.flip(0), teacher[1] + steps.flip(0)
+    steps[-500:] = 0
+    (teacher if direction == "reverse" else student)[2] += steps
+    check(emulated, student, teacher, direction=direction, blocks=1, clusters=1)
 
 
 @every_direction
@@ -201,6 +254,7 @@ def launcher(emulated, monkeypatch):
             *numbers,
             ctypes.c_int64(len(student)),
             4,
+            2,
             TYPES[student.dtype],
             int(reverse),
         )
