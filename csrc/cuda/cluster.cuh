@@ -9,14 +9,21 @@ namespace kdfast::gpu {
 
 namespace cg = cooperative_groups;
 
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes to shared memory, past the registers; the thread that asked may read them after wait(). What it read there
 // before, it has: cuda::pipeline of one thread relies on the same order. A predicate, as the compiler would move into a
 // branch the arithmetic of addresses that is the same for a whole row.
 __device__ __forceinline__ void copy_16(bool wanted, uint4* shared, const void* global) {
   asm volatile(
-      "{ .reg .pred wanted; setp.ne.s32 wanted, %0, 0; @wanted cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"(
-          static_cast<int>(wanted)),
-      "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global)
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %0, 0;\n"
+      "@wanted cp.async.cg.shared.global [%1], [%2], 16;\n"
+      "}" ::"r"(static_cast<int>(wanted)),
+      "r"(shared_address(shared)), "l"(global)
       : "memory");
 }
 // What was asked for since the last commit() belongs together.
@@ -33,16 +40,52 @@ __device__ __forceinline__ float of_lane(float x, int mask) { return __shfl_xor_
 // Written once and not read again.
 __device__ __forceinline__ void store_16(void* global, uint4 x) { __stcs(static_cast<uint4*>(global), x); }
 
+// Where a block waits for bytes that blocks of its cluster send to its shared memory, time after time. Not a barrier of
+// the cluster, at which a thread waits until all it ever stored, the gradient too, is where the whole device can see it.
+struct Mailbox {
+  uint64_t barrier;
+};
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned cluster_rank() { return cg::this_cluster().block_rank(); }
 __device__ __forceinline__ unsigned cluster_size() { return cg::this_cluster().num_blocks(); }
-// What is written before arrive() can be read by the cluster's other blocks after their wait.
+// After wait(), every block of the cluster runs and has done what it did before arrive().
 __device__ __forceinline__ void cluster_arrive() { cg::this_cluster().barrier_arrive(); }
 __device__ __forceinline__ void cluster_wait() { cg::this_cluster().barrier_wait(); }
-// The same variable in another block's shared memory.
-template <class T>
-__device__ __forceinline__ T* of_rank(T* shared, unsigned rank) {
-  return cg::this_cluster().map_shared_rank(shared, rank);
+
+// By one thread of the block, before cluster_arrive().
+__device__ __forceinline__ void open(Mailbox* box) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// By one thread of the block, once each time: so many bytes will come, or have come.
+__device__ __forceinline__ void expect(Mailbox* box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+               : "memory");
+}
+// ``x`` to where ``slot`` is in the shared memory of block ``rank``, whose ``box`` counts its bytes.
+__device__ __forceinline__ void send(float* slot, float x, Mailbox* box, unsigned rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 slot, box;\n"
+      "mapa.shared::cluster.u32 slot, %0, %3;\n"
+      "mapa.shared::cluster.u32 box, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [slot], %1, [box];\n"
+      "}" ::"r"(shared_address(slot)),
+      "r"(__float_as_int(x)), "r"(shared_address(box)), "r"(rank)
+      : "memory");
+}
+// Until all bytes of a time have come; ``odd``: 0 for the first, third, ... time, 1 for the others.
+__device__ __forceinline__ void receive(Mailbox* box, unsigned odd) {
+  asm volatile(
+      "{\n"
+      ".reg .pred come;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 come, [%0], %1;\n"
+      "@!come bra again;\n"
+      "}" ::"r"(shared_address(box)),
+      "r"(odd)
+      : "memory");
 }
 #endif
 

@@ -18,6 +18,7 @@ using kdfast::gpu::KlArguments;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
+using Inbox = kdfast::gpu::Inbox<kThreads>;
 // Of a row in a block, if kMostBlocks are enough for that: three such blocks fit on an SM. 128256 bfloat16 logits on
 // either side take 8 blocks then, 32000 take 2.
 constexpr int kBytes = 1 << 16;
@@ -26,8 +27,8 @@ template <class T, bool REVERSE>
 __global__ void __launch_bounds__(kThreads, 3) kl_cluster_kernel(const KlArguments arguments) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 slice[];
-  __shared__ kdfast::PairSums of_warps[2][kdfast::gpu::kMostBlocks * kThreads / 32];
-  kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(arguments, slice, of_warps);
+  __shared__ Inbox inboxes[2];
+  kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(arguments, slice, inboxes);
 #endif
 }
 
@@ -43,7 +44,7 @@ void launch(const KlArguments& arguments, int32_t device, cudaStream_t stream) {
   while (blocks < kdfast::gpu::kMostBlocks && bytes_of(blocks) > kBytes) blocks *= 2;
   const auto kernel = kl_cluster_kernel<T, REVERSE>;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  most -= static_cast<int>(2 * kdfast::gpu::kMostBlocks * kThreads / 32 * sizeof(kdfast::PairSums));
+  most -= static_cast<int>(2 * sizeof(Inbox));
   STD_TORCH_CHECK(bytes_of(blocks) <= most, "kdfast::kl_cluster: rows of ", arguments.classes,
                   " classes do not fit in ", blocks, " blocks");
   // The same for every call, as other threads may launch the same kernel for other rows.

@@ -7,8 +7,8 @@
 // As many clusters as run at once take row after row, so that nothing is set up for each. A thread copies 16 bytes here
 // and there of either row, and works on what it copied itself: it waits for no neighbour, and asks for the next row's 16
 // bytes as soon as it has last used this row's, while the gradient is written. A slice is asked for in kGroups parts that
-// are summed as they arrive. Blocks exchange five numbers a warp, at one barrier a row. Two or more blocks on an SM: one
-// loads and stores while another sums or waits.
+// are summed as they arrive. Blocks send each other five numbers a warp. Two or more blocks on an SM: one loads and stores
+// while another sums or waits.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -85,6 +85,13 @@ __device__ __forceinline__ PairSums sum_of_warp(PairSums sums) {
   return sums;
 }
 
+// What all warps of a cluster send to each of its blocks.
+template <int THREADS>
+struct Inbox {
+  PairSums of_warps[kMostBlocks * THREADS / 32];
+  Mailbox box;
+};
+
 // Sums of a whole row, from those of all warps of the cluster: the same in every thread.
 template <bool REVERSE>
 __device__ __forceinline__ PairSums sum_of_row(const PairSums* of_warps, int warps, int lane, float factor) {
@@ -105,9 +112,9 @@ __device__ __forceinline__ PairSums sum_of_row(const PairSums* of_warps, int war
 }
 
 // The body; ``slice`` is the block's shared memory: (chunks a block) of the student, as many of the teacher.
-// ``of_warps``: of every warp of the cluster, for rows of even and odd turn.
+// ``inboxes``: for rows of even and odd turn.
 template <class T, bool REVERSE, int THREADS>
-__device__ void kl_cluster(const KlArguments& a, uint4* slice, PairSums (*of_warps)[kMostBlocks * THREADS / 32]) {
+__device__ void kl_cluster(const KlArguments& a, uint4* slice, Inbox<THREADS>* inboxes) {
   constexpr int N = Chunk<T>::kSize, kWarps = THREADS / 32;
   const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int64_t clusters = gridDim.x / size;
@@ -134,6 +141,10 @@ __device__ void kl_cluster(const KlArguments& a, uint4* slice, PairSums (*of_war
     return row;
   };
 
+  if (thread == 0) {
+    open(&inboxes[0].box);
+    open(&inboxes[1].box);
+  }
   cluster_arrive();
   int64_t row = counting(blockIdx.x / size);
   const uint4* from_s = slice_of(a.student, row, a.student_stride);
@@ -147,9 +158,9 @@ __device__ void kl_cluster(const KlArguments& a, uint4* slice, PairSums (*of_war
     commit();
   }
   int64_t next = counting(row + clusters);
-  cluster_wait();  // every block runs, so that its shared memory can be written to
+  cluster_wait();
 
-  for (int parity = 0; row < a.rows; parity ^= 1) {
+  for (unsigned turn = 0; row < a.rows; ++turn) {
     const bool more = next < a.rows;
     from_s = slice_of(a.student, next, a.student_stride);
     from_t = slice_of(a.teacher, next, a.teacher_stride);
@@ -166,19 +177,27 @@ __device__ void kl_cluster(const KlArguments& a, uint4* slice, PairSums (*of_war
       commit();
     }
 
-    // Every warp tells every block, so that after the barrier each warp adds up what lies in its own shared memory, and
-    // a block may leave when it is done. Who passes the next row's barrier knows that all have read this row's sums: two
-    // places suffice.
+    // Every warp sends to every block, and adds up what its own block was sent. What it sends of the next row it sends
+    // after it has read of this one; who has heard of the next row from all may fill this row's inbox again: two
+    // suffice. No warp leaves before all has come that its block is sent.
     const float max_s = largest_of_warp(growing.top_s), max_t = largest_of_warp(growing.top_t);
     const PairSums sums = sum_of_warp(moved<REVERSE>(growing.sums, max_s, max_t, a.factor));
-    if (lane < size) *of_rank(&of_warps[parity][rank * kWarps + warp], lane) = sums;
-    cluster_arrive();
-    const int64_t after = counting(next + clusters);  // what takes time, while the others arrive
+    Inbox<THREADS>& inbox = inboxes[turn % 2];
+    if (thread == 0) expect(&inbox.box, size * kWarps * static_cast<int>(sizeof(PairSums)));
+    if (lane < size) {
+      PairSums& slot = inbox.of_warps[rank * kWarps + warp];
+      send(&slot.max_s, sums.max_s, &inbox.box, lane);
+      send(&slot.max_t, sums.max_t, &inbox.box, lane);
+      send(&slot.sum_s, sums.sum_s, &inbox.box, lane);
+      send(&slot.sum_t, sums.sum_t, &inbox.box, lane);
+      send(&slot.cross, sums.cross, &inbox.box, lane);
+    }
+    const int64_t after = counting(next + clusters);  // this and the weights take time, while the others' sums come
     float weight = a.weight;
     if (a.row_weight != nullptr) weight *= static_cast<float>(a.row_weight[row]);
     if (a.count_factor != nullptr) weight *= *a.count_factor;
-    cluster_wait();
-    const PairSums total = sum_of_row<REVERSE>(of_warps[parity], size * kWarps, lane, a.factor);
+    receive(&inbox.box, turn / 2 % 2);
+    const PairSums total = sum_of_row<REVERSE>(inbox.of_warps, size * kWarps, lane, a.factor);
 
     const PairDivergence<REVERSE> row_is(total, a.factor, a.slope * weight);
     // A weight of 0 leaves the divergence out, also where it is infinite.

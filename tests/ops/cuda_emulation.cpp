@@ -2,14 +2,17 @@
 //
 // A copy makes its 16 bytes NaN when it is asked for, and arrives when it is waited for and not before, so that whoever
 // reads what another thread copied, too early, or after it asked for what comes next, reads NaN. The last block is late
-// from every barrier, so that others that do not wait for it overwrite what it has yet to read. Copies from anywhere but
-// a row that counts are themselves counted.
+// to read its mail, so that others that do not wait for it overwrite what it has yet to read. Copies from anywhere but a
+// row that counts are themselves counted.
 #include <atomic>
 #include <barrier>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <mutex>
+#include <new>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -35,7 +38,7 @@ constexpr int kThreads = 64;
 struct Block {
   std::barrier<> warps[kThreads / 32]{std::barrier<>{32}, std::barrier<>{32}};
   float lanes[kThreads];
-  kdfast::PairSums of_warps[2][8 * kThreads / 32];
+  alignas(64) unsigned char inboxes[4096];  // whose type comes with the kernel
   std::vector<uint4> slice;
 };
 
@@ -107,12 +110,42 @@ void cluster_arrive() { token = cluster->all.arrive(); }
 void cluster_wait() {
   cluster->all.wait(std::move(*token));
   token.reset();
-  if (rank + 1 == cluster->blocks.size()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
 }
+
+struct Mailbox {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int64_t bytes = 0;  // to come; below 0 where they came before they were expected
+  bool expected = false;
+  unsigned times = 0;
+
+  void come(int64_t now, bool expects) {
+    const std::lock_guard lock(mutex);
+    bytes += now;
+    expected |= expects;
+    if (!expected || bytes != 0) return;
+    expected = false;
+    ++times;
+    changed.notify_all();
+  }
+};
+void open(Mailbox* box) { new (box) Mailbox; }
+void expect(Mailbox* box, int bytes) { box->come(bytes, true); }
 template <class T>
 T* of_rank(T* shared, unsigned other) {
   const auto offset = reinterpret_cast<char*>(shared) - reinterpret_cast<char*>(&block());
   return reinterpret_cast<T*>(reinterpret_cast<char*>(&cluster->blocks[other]) + offset);
+}
+void send(float* slot, float x, Mailbox* box, unsigned other) {
+  *of_rank(slot, other) = x;
+  of_rank(box, other)->come(-4, false);
+}
+void receive(Mailbox* box, unsigned odd) {
+  {
+    std::unique_lock lock(box->mutex);
+    box->changed.wait(lock, [&] { return box->times % 2 != odd; });
+  }
+  if (rank + 1 == cluster->blocks.size()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
 }
 
 }  // namespace kdfast::gpu
@@ -120,6 +153,9 @@ T* of_rank(T* shared, unsigned other) {
 #include "cuda/kl_cluster.cuh"
 
 namespace {
+
+using Inbox = kdfast::gpu::Inbox<kThreads>;
+static_assert(2 * sizeof(Inbox) <= sizeof(Block::inboxes) && alignof(Inbox) <= 64);
 
 template <class T, bool REVERSE>
 void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
@@ -134,7 +170,10 @@ void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
   row_count = a.rows;
   for (int c = 0; c < clusters; ++c) {
     Cluster shared(size);
-    for (Block& b : shared.blocks) b.slice.assign(2 * per_block, uint4{~0u, ~0u, ~0u, ~0u});
+    for (Block& b : shared.blocks) {
+      b.slice.assign(2 * per_block, uint4{~0u, ~0u, ~0u, ~0u});
+      std::memset(b.inboxes, 0xff, sizeof b.inboxes);
+    }
     std::vector<std::thread> threads;
     for (int r = 0; r < size; ++r)
       for (int t = 0; t < kThreads; ++t)
@@ -146,7 +185,7 @@ void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
           threadIdx.x = t;
           groups.assign(1, {});
           Block& b = block();
-          kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(a, b.slice.data(), b.of_warps);
+          kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(a, b.slice.data(), reinterpret_cast<Inbox*>(b.inboxes));
         });
     for (auto& thread : threads) thread.join();
   }
