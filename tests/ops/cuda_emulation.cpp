@@ -33,17 +33,21 @@ thread_local Index gridDim, blockIdx, threadIdx;
 
 namespace {
 
-constexpr int kThreads = 64;
+// Of a block: few, but of the most blocks more, so that they have more than 32 warps, as those of a GPU.
+constexpr int kThreads = 64, kManyThreads = 160;
 
 struct Block {
-  std::barrier<> warps[kThreads / 32]{std::barrier<>{32}, std::barrier<>{32}};
-  float lanes[kThreads];
-  alignas(64) unsigned char inboxes[4096];  // whose type comes with the kernel
+  struct Warp {
+    std::barrier<> all{32};
+  };
+  Warp warps[kManyThreads / 32];
+  float lanes[kManyThreads];
+  alignas(64) unsigned char inboxes[8192];  // whose type comes with the kernel
   std::vector<uint4> slice;
 };
 
 struct Cluster {
-  explicit Cluster(int size) : blocks(size), all(size * kThreads) {}
+  Cluster(int size, int threads) : blocks(size), all(size * threads) {}
   std::vector<Block> blocks;
   std::barrier<> all;
 };
@@ -98,9 +102,9 @@ void wait() {
 float of_lane(float x, int mask) {
   Block& b = block();
   b.lanes[threadIdx.x] = x;
-  b.warps[threadIdx.x / 32].arrive_and_wait();
+  b.warps[threadIdx.x / 32].all.arrive_and_wait();
   const float y = b.lanes[threadIdx.x ^ mask];
-  b.warps[threadIdx.x / 32].arrive_and_wait();
+  b.warps[threadIdx.x / 32].all.arrive_and_wait();
   return y;
 }
 void store_16(void* global, uint4 x) { std::memcpy(global, &x, 16); }
@@ -154,11 +158,10 @@ void receive(Mailbox* box, unsigned odd) {
 
 namespace {
 
-using Inbox = kdfast::gpu::Inbox<kThreads>;
-static_assert(2 * sizeof(Inbox) <= sizeof(Block::inboxes) && alignof(Inbox) <= 64);
-
-template <class T, bool REVERSE>
+template <class T, bool REVERSE, int THREADS>
 void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
+  using Inbox = kdfast::gpu::Inbox<THREADS>;
+  static_assert(2 * sizeof(Inbox) <= sizeof(Block::inboxes) && alignof(Inbox) <= 64);
   const int chunks = a.classes / kdfast::gpu::Chunk<T>::kSize, per_block = (chunks + size - 1) / size;
   const auto rows_of = [&](const void* x, int64_t stride) {
     const int64_t element = sizeof(T);
@@ -169,14 +172,14 @@ void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
   counts = a.mask;
   row_count = a.rows;
   for (int c = 0; c < clusters; ++c) {
-    Cluster shared(size);
+    Cluster shared(size, THREADS);
     for (Block& b : shared.blocks) {
       b.slice.assign(2 * per_block, uint4{~0u, ~0u, ~0u, ~0u});
       std::memset(b.inboxes, 0xff, sizeof b.inboxes);
     }
     std::vector<std::thread> threads;
     for (int r = 0; r < size; ++r)
-      for (int t = 0; t < kThreads; ++t)
+      for (int t = 0; t < THREADS; ++t)
         threads.emplace_back([&, r, t] {
           cluster = &shared;
           rank = r;
@@ -185,10 +188,16 @@ void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
           threadIdx.x = t;
           groups.assign(1, {});
           Block& b = block();
-          kdfast::gpu::kl_cluster<T, REVERSE, kThreads>(a, b.slice.data(), reinterpret_cast<Inbox*>(b.inboxes));
+          kdfast::gpu::kl_cluster<T, REVERSE, THREADS>(a, b.slice.data(), reinterpret_cast<Inbox*>(b.inboxes));
         });
     for (auto& thread : threads) thread.join();
   }
+}
+
+template <class T, bool REVERSE>
+void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
+  size == kdfast::gpu::kMostBlocks ? run<T, REVERSE, kManyThreads>(a, size, clusters)
+                                   : run<T, REVERSE, kThreads>(a, size, clusters);
 }
 
 template <class T>
