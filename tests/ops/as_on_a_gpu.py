@@ -31,7 +31,7 @@ from kernels import OPS  # noqa: E402
 
 from kdfast import backends  # noqa: E402
 from kdfast.ops.graph import triton_kernels as graph  # noqa: E402
-from kdfast.ops.relation import tiles  # noqa: E402
+from kdfast.ops.relation import rows, tiles  # noqa: E402
 
 asked: set[str] = set()  # ops that functions wanted to run
 
@@ -54,6 +54,6 @@ def large() -> Iterator[None]:
 
 backends.select = as_on_a_gpu
 backends.on_gpu = lambda tensor: True
-for sizes in (tiles.PANEL_BYTES, tiles.MOST, tiles.ALIGNED):
+for sizes in (tiles.PANEL_BYTES, tiles.FEWEST, tiles.MOST, tiles.GROWING, tiles.ALIGNED, rows.FLOAT64_BYTES):
     sizes["cpu"] = sizes["cuda"]
 assert backends.extension_problem() is not None

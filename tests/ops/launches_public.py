@@ -15,12 +15,14 @@ import as_on_a_gpu  # before kdfast
 import pytest
 import torch
 from kernels import OPS, every_build
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton_support import TARGETS
 
 import kdfast
+from kdfast.ops.relation import products, tiles
 from samples import NAMES, SAMPLES
 from support import cast, first_output, is_differentiable, of_rows
 
@@ -104,6 +106,36 @@ def test_the_calls_of_the_gpu_tests_reach_every_line_of_the_tables(op):
     }
     missed = [name for name, wanted in declared.items() if wanted not in configurations]
     assert not missed, "\n".join(missed)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is no view, memory or kernel alike."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+DRIVERS = {
+    "crd": lambda x, y: tiles.crd(x, y, torch.zeros(len(x), dtype=torch.int64), 0.1, 1.0, True, True),
+    "pkt": lambda x, y: tiles.pkt(x, y, 1e-7, True),
+    "similarity_preserving": lambda x, y: products.similarity_preserving(x, y, True),
+}
+
+
+# Of the widths the first is that of the products of features, the second that of whole rows.
+@pytest.mark.parametrize("width", [4, 400])
+@pytest.mark.parametrize("name", DRIVERS)
+def test_a_larger_batch_launches_no_more_until_its_panels_are_full(monkeypatch, name, width):
+    monkeypatch.setattr("kdfast.ops.relation.rows.STORED_BYTES", 2**40)  # of the CPU alone
+    counts = set()
+    for n in (300, 1000):
+        with Operations() as operations:
+            DRIVERS[name](torch.randn(n, width), torch.randn(n, width))
+        counts.add(operations.count)
+    assert len(counts) == 1 and counts.pop() < 60
 
 
 def test_launches_were_seen():

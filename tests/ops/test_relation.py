@@ -40,9 +40,8 @@ def unit(request, monkeypatch) -> str:
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch) -> None:
     monkeypatch.setitem(tiles.MOST, "cpu", 16)
-    monkeypatch.setattr(products, "PANEL_ROWS", 16)
+    monkeypatch.setattr(rows, "PANEL_ROWS", 16)
     monkeypatch.setattr(products, "SEEN_AT_ONCE", 16)
-    monkeypatch.setattr(tiles, "SUMMED_ROWS", 16)
 
 
 def features(n: int, d: int, e: int, seed: int = 0) -> dict[str, Tensor]:

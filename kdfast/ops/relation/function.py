@@ -24,7 +24,8 @@ define(
 define("pkt(Tensor student, Tensor teacher, float eps, bool needs_grad) -> (Tensor, Tensor)")
 define("similarity_preserving(Tensor student, Tensor teacher, bool needs_grad) -> (Tensor, Tensor)")
 
-# What turns a panel of similarities into the gradient's, and returns its share of the loss (tiles.py).
+# What turns a panel of similarities into the gradient's, and returns its share of the loss, one or more terms of a sum
+# in float64 (tiles.py).
 _SIMILARITIES = "Tensor(a!) student, Tensor{} teacher, Tensor student_factor, Tensor teacher_factor"
 LIBRARY.define(
     f"crd_panel({_SIMILARITIES.format('?')}, Tensor labels, int first, float temperature, float weight, float scale) "

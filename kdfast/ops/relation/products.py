@@ -2,20 +2,23 @@
 
 Losses near 0 are small differences of such products, and their gradients differences of sums over all rows, where the
 N x N matrices would be subtracted element by element first. So these products are made in float64, in which the
-differences keep all the digits that float32 results have, from panels of rows: nothing of N x D is ever float64 in the
-ops. On CPUs and data-centre GPUs that costs two to three times the operation in float32; elsewhere it seldom pays.
+differences keep all the digits that float32 results have, from panels of rows: on a CPU nothing of N x D is ever
+float64 in the ops. On CPUs and data-centre GPUs that costs two to three times the operation in float32; elsewhere it
+seldom pays.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
-from kdfast.ops.relation.rows import Rows, panels, raw_rows
+from kdfast.ops.relation.rows import Float64, Rows, float64_panels, mean_of_pairs, panels, raw_rows, total
 from kdfast.reference.features import kernel_features, safe_ratio
 from kdfast.reference.geometry import gram
 
-PANEL_ROWS = 256  # of float64: twice as many are a fifth faster, and take 7 % of an 8192 x 8192 matrix in place of 4 %
 EPS = 1e-12  # of similarity_preserving's norms
 SEEN_AT_ONCE = 1024  # rows of a panel of similarity_preserving's whole rows
 
@@ -38,15 +41,14 @@ def features_are_cheaper(
     return double_cost(x.device) * by_features < n * (instead[0] * d + instead[1] * e)
 
 
-def feature_products(s: Rows, t: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """``S^T S``, ``S^T T`` and ``T^T T`` of the compared rows, float64."""
-    d, e = s.x.shape[1], t.x.shape[1]
-    ss, st, tt = (s.x.new_zeros(shape, dtype=torch.float64) for shape in ((d, d), (d, e), (e, e)))
-    for first, last in panels(s.x.shape[0], PANEL_ROWS):
-        u, v = s.unit(first, last), t.unit(first, last)
-        ss.addmm_(u.mT, u)
-        st.addmm_(u.mT, v)
-        tt.addmm_(v.mT, v)
+def feature_products(s: Float64, t: Float64) -> tuple[Tensor, Tensor, Tensor]:
+    """``S^T S``, ``S^T T`` and ``T^T T`` of the compared rows, float64; there must be one."""
+    x, d, e = s.rows.x, s.rows.x.shape[1], t.rows.x.shape[1]
+    ss, st, tt = (x.new_empty(shape, dtype=torch.float64) for shape in ((d, d), (d, e), (e, e)))
+    for first, last in float64_panels(s.rows, t.rows):
+        u, v = s(first, last), t(first, last)
+        for product, left, right in ((ss, u, u), (st, u, v), (tt, v, v)):
+            product.addmm_(left.mT, right, beta=int(first > 0))
     return ss, st, tt
 
 
@@ -78,17 +80,19 @@ def similarity_preserving(student: Tensor, teacher: Tensor, needs_grad: bool) ->
     """``torch.ops.kdfast.similarity_preserving``."""
     with torch.autocast(student.device.type, enabled=False):
         s, t = raw_rows(student), raw_rows(teacher)
+        grad = torch.empty_like(s.x) if needs_grad else None
+        result = s.x.new_empty(0) if grad is None else grad.view(student.shape)
         n = s.x.shape[0]
-        grad = s.x.new_zeros(s.x.shape) if needs_grad else None
+        if n == 0:
+            return s.x.new_zeros(()), result
         cheaper = features_are_cheaper(n, s.x, t.x, products=(5, 5, 2), instead=(3, 1))
-        total = (_by_features if cheaper else _by_rows)(s, t, grad)
-        loss = (total / max(n * n, 1)).to(s.x.dtype)
-        return loss, s.x.new_empty(0) if grad is None else grad.view(student.shape)
+        summed = (_by_features if cheaper else _by_rows)(s, t, grad)
+        return mean_of_pairs(summed, s.x), result
 
 
-def _inverse_norms(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 / max(norm, EPS)``, 0 for a norm of 0, and whether it moves with the norm."""
-    return torch.where(norms == 0, 0.0, 1 / norms.clamp(min=EPS)), norms >= EPS
+def _inverse_norms(norms: Tensor) -> Tensor:
+    """``1 / max(norm, EPS)``, 0 for a norm of 0."""
+    return threshold(norms, 0, math.inf).clamp_(min=EPS).reciprocal_()
 
 
 def _by_features(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
@@ -98,31 +102,37 @@ def _by_features(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
     The loss is the sum of |a_i - b_i|^2 with a = G_s / r, b = G_t / q. Its gradient with respect to G_s is symmetrised
     2 (g_i G_s,ij - h_i G_t,ij) with h = 1 / (r q), and g = m / (r^3 q) where r moves with the norm.
     """
-    ss, st, tt = feature_products(s, t)
-    total = ss.new_zeros(())
+    students, teachers = Float64(s), Float64(t)
+    ss, st, tt = feature_products(students, teachers)
     n = s.x.shape[0]
-    g, h = ss.new_empty(n), ss.new_empty(n)
-    weighted_ss, weighted_st = torch.zeros_like(ss), torch.zeros_like(st)
-    for first, last in panels(n, PANEL_ROWS):
-        u, v = s.unit(first, last), t.unit(first, last)
-        r, q = (((w @ product) * w).sum(dim=1).clamp(min=0).sqrt() for w, product in ((u, ss), (v, tt)))
-        (inverse_r, moves), (inverse_q, _) = _inverse_norms(r), _inverse_norms(q)
-        aa, bb = (r * inverse_r).square(), (q * inverse_q).square()
-        ab = ((u @ st) * v).sum(dim=1) * inverse_r * inverse_q
-        total += (aa + bb - 2 * ab).sum()
+    g, h = ss.new_empty(n, 1), ss.new_empty(n, 1)
+    weighted_ss, weighted_st = torch.empty_like(ss), torch.empty_like(st)
+    shares = []
+    for first, last in float64_panels(s, t):
+        u, v = students(first, last), teachers(first, last)
+        norms = u.new_empty(2, last - first)
+        for w, product, out in ((u, ss, norms[0]), (v, tt, norms[1])):
+            torch.sum((w @ product).mul_(w), dim=1, out=out)
+        norms.clamp_(min=0).sqrt_()
+        inverse_r, inverse_q = inverse = _inverse_norms(norms)
+        torch.mul(inverse_r, inverse_q, out=h[first:last, 0])
+        ab = (u @ st).mul_(v).sum(dim=1).mul_(h[first:last, 0])
+        shares.append((norms * inverse).square_().sum(dim=0).sub_(ab, alpha=2))
         if grad is not None:
-            g[first:last] = inverse_r.square() * torch.where(moves, 1 - aa + ab, 1.0)
-            h[first:last] = inverse_r * inverse_q
-            scaled = u.mT * g[first:last]
-            weighted_ss.addmm_(scaled, u)
-            weighted_st.addmm_(u.mT * h[first:last], v)
+            ab.masked_fill_(norms[0] < EPS, 1.0)
+            torch.mul(ab.mul_(inverse_r), inverse_r, out=g[first:last, 0])
+            beta = int(first > 0)
+            weighted_ss.addmm_((u * g[first:last]).mT, u, beta=beta)
+            weighted_st.addmm_((u * h[first:last]).mT, v, beta=beta)
     if grad is not None:
-        for first, last in panels(n, PANEL_ROWS):
-            u, v = s.unit(first, last), t.unit(first, last)
-            slope = u @ weighted_ss - v @ weighted_st.mT
-            slope += g[first:last, None] * (u @ ss) - h[first:last, None] * (v @ st.mT)
-            grad[first:last] = (slope * (2 / n**2)).to(grad.dtype)
-    return total.clamp(min=0)
+        factor = 2 / n**2
+        for first, last in float64_panels(s, t):
+            u, v = students(first, last), teachers(first, last)
+            slope = u @ weighted_ss
+            slope.addmm_(u * g[first:last], ss)
+            slope.addmm_(v, weighted_st.mT, alpha=-1)
+            grad[first:last] = slope.addmm_(v * h[first:last], st.mT, beta=factor, alpha=-factor)
+    return total(shares).clamp_(min=0)
 
 
 def _by_rows(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
@@ -131,20 +141,24 @@ def _by_rows(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
     Here D is more than a few percent of N, and matrix products are nearly all of the time: no kernel of its own.
     """
     n = s.x.shape[0]
-    total = s.x.new_zeros((), dtype=torch.float64)
+    factor, shares = 2 / n**2, []
     for first, last in panels(n, SEEN_AT_ONCE):
         a, b = (torch.mm(rows.x[first:last], rows.x.mT) for rows in (s, t))
-        (inverse_r, moves), (inverse_q, _) = (_inverse_norms(torch.linalg.vector_norm(G, dim=1)) for G in (a, b))
-        a *= inverse_r[:, None]
-        difference = torch.addcmul(a, b, inverse_q[:, None], value=-1, out=b)
-        total += torch.linalg.vector_norm(difference, dim=1).double().square().sum()
+        norms = a.new_empty(2, last - first)
+        for G, out in ((a, norms[0]), (b, norms[1])):
+            torch.linalg.vector_norm(G, dim=1, out=out)
+        inverse_r, inverse_q = _inverse_norms(norms).unsqueeze(2)
+        a *= inverse_r
+        difference = torch.addcmul(a, b, inverse_q, value=-1, out=b)
+        distances = torch.linalg.vector_norm(difference, dim=1).double()
+        shares.append(torch.dot(distances, distances))
         if grad is None:
             continue
-        along = torch.where(moves, (difference * a).sum(dim=1), 0.0)
-        slope = difference.addcmul_(a, along[:, None], value=-1).mul_((2 / n**2) * inverse_r[:, None])
+        along = (difference * a).sum(dim=1).masked_fill_(norms[0] < EPS, 0.0)
+        slope = difference.addcmul_(a, along[:, None], value=-1).mul_(inverse_r)
         if last - first == n:
-            torch.mm(slope + slope.mT, s.x, out=grad)
+            grad.addmm_(slope + slope.mT, s.x, beta=0, alpha=factor)
         else:
-            grad[first:last].addmm_(slope, s.x)
-            grad.addmm_(slope.mT, s.x[first:last])
-    return total
+            grad.addmm_(slope.mT, s.x[first:last], beta=int(first > 0), alpha=factor)
+            grad[first:last].addmm_(slope, s.x, alpha=factor)
+    return total(shares)

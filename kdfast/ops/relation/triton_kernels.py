@@ -158,7 +158,7 @@ def crd_panel(
     weight: float,
     scale: float,
 ) -> Tensor:
-    """``torch.ops.kdfast.crd_panel``: overwrites ``student``, returns its share of the loss in float64."""
+    """``torch.ops.kdfast.crd_panel``: overwrites ``student``, returns its share of the loss as terms to be summed."""
     grid = _grid(student)
     losses = torch.empty(grid, dtype=torch.float32, device=student.device)
     with torch.cuda.device_of(student):
@@ -166,7 +166,7 @@ def crd_panel(
             student, teacher, student_factor, teacher_factor, labels, losses, *_sizes(student, first),
             1 / temperature, weight, scale, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
         )  # fmt: skip
-    return losses.sum(dtype=torch.float64)
+    return losses
 
 
 def pkt_panel(
@@ -181,7 +181,7 @@ def pkt_panel(
     eps: float,
     scale: float,
 ) -> Tensor:
-    """``torch.ops.kdfast.pkt_panel``: overwrites ``student``, adds to ``along``, returns its share of the loss."""
+    """``torch.ops.kdfast.pkt_panel``: overwrites ``student``, adds to ``along``, returns the terms of its share."""
     grid, (rows, columns) = _grid(student), student.shape
     losses = torch.empty(grid, dtype=torch.float32, device=student.device)
     row_sums = torch.empty((grid[1], rows), dtype=torch.float32, device=student.device)
@@ -192,6 +192,9 @@ def pkt_panel(
             losses, row_sums, column_sums, *_sizes(student, first), eps, scale,
             ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
         )  # fmt: skip
-    along[first:columns] += row_sums.sum(dim=0, dtype=torch.float64)
-    along[:first] += column_sums[:, :first].sum(dim=0, dtype=torch.float64)
-    return losses.sum(dtype=torch.float64)
+    sums = torch.empty(columns, dtype=torch.float64, device=student.device)
+    torch.sum(row_sums, dim=0, dtype=torch.float64, out=sums[first:])
+    if first > 0:
+        torch.sum(column_sums[:, :first], dim=0, dtype=torch.float64, out=sums[:first])
+    along[:columns].add_(sums)
+    return losses
