@@ -101,9 +101,9 @@ def relation() -> list[Call]:
     no teacher at all.
     """
     return [
-        Call("pkt_loss", (1501,), 64, {}),
-        Call("crd_loss", (1501,), 64, {"normalize": True, "temperature": 0.5}),
-        Call("crd_loss", (1501,), 4, {"normalize": True, "temperature": 0.5}),
+        Call("pkt_loss", (2701,), 64, {}),
+        Call("crd_loss", (2701,), 64, {"normalize": True, "temperature": 0.5}),
+        Call("crd_loss", (2701,), 4, {"normalize": True, "temperature": 0.5}),
         Call("crd_loss", (100,), 64, {"alignment_weight": 0.0}),
     ]
 

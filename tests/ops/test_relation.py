@@ -77,6 +77,22 @@ def test_default_panels_and_forms(name, monkeypatch):
         assert_parity(name, arguments(name, n, d, d + 3), {}, torch.float32)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_panels_as_on_a_gpu(name, form, monkeypatch):
+    """Fewer rows the further down, and whole rows in float64."""
+    for sizes, size in (
+        (tiles.PANEL_BYTES, 4 * 3000),
+        (tiles.FEWEST, 1),
+        (tiles.MOST, 2**31),
+        (tiles.GROWING, True),
+        (rows.FLOAT64_BYTES, 2**20),
+    ):
+        monkeypatch.setitem(sizes, "cpu", size)
+    panels = list(tiles.similarity_panels(torch.empty(150, 6)))
+    assert panels == [(0, 54), (54, 88), (88, 114), (114, 136), (136, 150)]
+    assert_parity(name, arguments(name, 150), {}, torch.float32)
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0, 30.0])
 def test_the_weight_of_crd(weight, form):
     assert_parity("crd_loss", arguments("crd_loss", 40), {"alignment_weight": weight}, torch.float32)
