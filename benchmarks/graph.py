@@ -79,6 +79,12 @@ def kdfast_values(features: Tensor) -> Tensor:
     return kdfast.similarity_graph(features, K).values
 
 
+def by_cuda(features: Tensor) -> Tensor:
+    """The selection from tiles of cuBLAS in place of Triton's."""
+    with kdfast.backends.use(kdfast.backends.CUDA):
+        return kdfast_values(features)
+
+
 def values_by_blocks(features: Tensor, rows: Tensor | None = None) -> Tensor:
     return graph_by_blocks(features, rows)[0]
 
@@ -125,6 +131,8 @@ def compiled(loss: Loss, inputs: dict[str, Tensor]) -> Step:
 def graph_case(shape: tuple[int, int], options: Options) -> Case:
     inputs = {"features": draw(shape, 0, options)}
     candidates = {"kdfast": step(kdfast_values, inputs)}
+    if kdfast.backends.can_run(kdfast.backends.CUDA, "graph", options.device.type)[0]:
+        candidates["kdfast, cuda"] = step(by_cuda, inputs)
     if shape[0] <= MATRIX_ROWS:
         candidates["eager"] = step(lambda features: eager_graph(features)[0], inputs)
         candidates["compiled"] = compiled(lambda features: eager_graph(features)[0], inputs)
@@ -165,6 +173,7 @@ def make_case(
         candidates=candidates,
         baselines=BASELINES,
         floors=floors(features) if matrix_fits else {},
+        ours=tuple(label for label in candidates if label.startswith("kdfast")),
         floor_bytes=sum(tensor.nbytes for tensor in inputs.values()) + 12 * K * shape[0],
         peers=frozenset({"faiss", "KeOps"}),
         sampled=sampled,

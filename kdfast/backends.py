@@ -38,7 +38,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 # Kernels that run where they are forced alone: not measured yet against the default of their op.
 UNMEASURED: dict[str, tuple[str, ...]] = {
-    "kl": (CUDA,),  # long rows of forward and reverse KL by thread-block clusters; docs/gpu.md says what that may win
+    # docs/gpu.md says what these may win.
+    "kl": (CUDA,),  # long rows of forward and reverse KL by thread-block clusters
+    "graph": (CUDA,),  # the selection from tiles of cuBLAS
 }
 
 try:
@@ -50,7 +52,10 @@ except ImportError as error:
 
 
 _missing_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
-_missing_cuda = None if hasattr(torch.ops.kdfast, "kl_cluster") else "the C++ extension was built without csrc/cuda"
+# Its launchers take some steps from Triton's. One op stands for all: what is built is all of csrc/cuda or nothing.
+_missing_cuda = _missing_triton or (
+    None if hasattr(torch.ops.kdfast, "graph_select") else "the C++ extension was built without csrc/cuda"
+)
 
 
 def _from_environment() -> str:

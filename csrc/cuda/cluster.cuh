@@ -5,37 +5,11 @@
 
 #include <cstdint>
 
+#include "cuda/warp.cuh"
+
 namespace kdfast::gpu {
 
 namespace cg = cooperative_groups;
-
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-// 16 bytes to shared memory, past the registers; the thread that asked may read them after wait(). What it read there
-// before, it has: cuda::pipeline of one thread relies on the same order. A predicate, as the compiler would move into a
-// branch the arithmetic of addresses that is the same for a whole row.
-__device__ __forceinline__ void copy_16(bool wanted, uint4* shared, const void* global) {
-  asm volatile(
-      "{\n"
-      ".reg .pred wanted;\n"
-      "setp.ne.s32 wanted, %0, 0;\n"
-      "@wanted cp.async.cg.shared.global [%1], [%2], 16;\n"
-      "}" ::"r"(static_cast<int>(wanted)),
-      "r"(shared_address(shared)), "l"(global)
-      : "memory");
-}
-// What was asked for since the last commit() belongs together.
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All but the last LEFT groups of this thread have arrived.
-template <int LEFT>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-// A value of the lane whose number differs in bit ``mask``; all 32 lanes take part.
-__device__ __forceinline__ float of_lane(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // Written once and not read again.
 __device__ __forceinline__ void store_16(void* global, uint4 x) { __stcs(static_cast<uint4*>(global), x); }

@@ -12,9 +12,16 @@ import torch  # noqa: E402
 from configurations import CALLS  # noqa: E402
 from cuda_support import step  # noqa: E402
 
+from kdfast import backends  # noqa: E402
 from support import cast  # noqa: E402
 
 SIZES = (40, 64, 1000, 8192, 16000)  # a width for each way to lay rows on programs; the sanitizers are slow
+
+
+def forced(op: str) -> tuple[str, ...]:
+    """Backends that run where they are asked for, of an op whose every call they take."""
+    able = op == "graph" and backends.can_run(backends.CUDA, op, "cuda")[0]
+    return (backends.CUDA,) if able else ()
 
 
 def main() -> int:
@@ -24,10 +31,12 @@ def main() -> int:
             if call.width not in SIZES:
                 continue
             inputs, options = call.arguments()
-            results = step(call.function, cast({**inputs, **options}, torch.bfloat16, device="cuda"))()
-            torch.cuda.synchronize()
-            assert all(result.isfinite().all() for result in results), f"{op}: {call}"
-            done += 1
+            for backend in (backends.AUTO, *forced(op)):
+                with backends.use(backend):
+                    results = step(call.function, cast({**inputs, **options}, torch.bfloat16, device="cuda"))()
+                torch.cuda.synchronize()
+                assert all(result.isfinite().all() for result in results), f"{op}, {backend}: {call}"
+                done += 1
     print(f"{done} calls")
     return 0 if done else 1
 

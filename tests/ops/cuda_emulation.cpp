@@ -10,15 +10,14 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <thread>
 #include <vector>
 
-#define __device__
-#define __forceinline__ inline
+#include "cuda_emulation.h"
+
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -55,7 +54,7 @@ struct Cluster {
 thread_local Cluster* cluster;
 thread_local unsigned rank;
 thread_local std::optional<std::barrier<>::arrival_token> token;
-thread_local std::vector<std::vector<std::function<void()>>> groups;  // of copies that have not arrived
+thread_local Copies copies;
 
 Block& block() { return cluster->blocks[rank]; }
 
@@ -83,21 +82,17 @@ bool may_read(const void* bytes) {
 
 namespace kdfast::gpu {
 
-void copy_16(bool wanted, uint4* shared, const void* global) {
+void copy_16(bool wanted, void* shared, const void* global) {
   if (!wanted) return;
-  std::memset(shared, 0xff, 16);
   if (may_read(global))
-    groups.back().push_back([=] { std::memcpy(shared, global, 16); });
+    copies.copy_16(shared, global);
   else
     ++misread;
 }
-void commit() { groups.emplace_back(); }
+void commit() { copies.commit(); }
 template <int LEFT>
 void wait() {
-  for (size_t group = 0; group + 1 + LEFT < groups.size(); ++group) {
-    for (auto& copy : groups[group]) copy();
-    groups[group].clear();
-  }
+  copies.wait(LEFT);
 }
 float of_lane(float x, int mask) {
   Block& b = block();
@@ -186,7 +181,7 @@ void run(const kdfast::gpu::KlArguments& a, int size, int clusters) {
           gridDim.x = static_cast<unsigned>(clusters * size);
           blockIdx.x = static_cast<unsigned>(c * size + r);
           threadIdx.x = t;
-          groups.assign(1, {});
+          copies = {};
           Block& b = block();
           kdfast::gpu::kl_cluster<T, REVERSE, THREADS>(a, b.slice.data(), reinterpret_cast<Inbox*>(b.inboxes));
         });

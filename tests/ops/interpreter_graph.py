@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import select_emulation
 import torch
 from torch import Tensor
 
 from kdfast import reference
 from kdfast.ops.autograd import REDUCTIONS
-from kdfast.ops.graph import METRICS, triton_kernels
+from kdfast.ops.graph import METRICS, select, triton_kernels
 from kdfast.ops.graph.triton_kernels import Selection, Tiling
 
 assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
@@ -19,9 +20,9 @@ assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must b
 # Several tiles either way, and a width that is no multiple of the depth.
 TILE = Tiling(16, 16, 16, 1, 1, "ieee")
 N, WIDTH = 14, 21
-# How the columns reach the selection: two looks at tiles, buffers that overflow, or all of the matrix at once.
-# Buffer of a row, and up to how many pairs the matrix is stored.
-PATHS = {"tiles": (16, 0), "overflow": (8, 0), "plain": (16, 10**9)}
+# How the columns reach the selection: two looks at tiles, buffers that overflow, all of the matrix at once, or tiles of
+# cuBLAS with the kernel of CUDA C++, emulated. Buffer of a row, and up to how many pairs the matrix is stored.
+PATHS = {"tiles": (16, 0), "overflow": (8, 0), "plain": (16, 10**9), "select": (32, 0)}
 
 path = pytest.mark.parametrize("path", PATHS)
 metric = pytest.mark.parametrize("metric", METRICS)
@@ -49,6 +50,19 @@ def take(monkeypatch, path):
     monkeypatch.setattr(triton_kernels, "BINS_SPLITS", 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def emulated():
+    library = None if select_emulation.MISSING else select_emulation.registered()
+    yield
+    if library is not None:
+        library._destroy()
+
+
+def product(rows, columns, out):
+    """PyTorch has no product of half types in float32 on the CPU."""
+    torch.mm(rows.float(), columns.float(), out=out)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -59,8 +73,16 @@ def integers(*shape: int, seed: int = 0) -> Tensor:
 
 def launch(monkeypatch, path, x, k, metric, *, keys=None, labels=None, include_self=False, ieee=True):
     take(monkeypatch, path)
+    launcher = select if path == "select" else triton_kernels
+    if launcher is select:
+        if select_emulation.MISSING:
+            pytest.skip(select_emulation.MISSING)
+        for name, value in {"TILE": 128, "ROWS": 8, "COLUMNS": 16, "product": product}.items():
+            monkeypatch.setattr(select, name, value)
     with np.errstate(all="ignore"):
-        return triton_kernels.graph(x, keys, labels, k, METRICS[metric], include_self, ieee)
+        return (select if path == "select" else triton_kernels).graph(
+            x, keys, labels, k, METRICS[metric], include_self, ieee
+        )
 
 
 def assert_reference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -92,7 +114,7 @@ def test_ties_break_to_the_smaller_index(monkeypatch, path, metric):
     assert_reference(got, reference.hardest_negatives(x, labels, k, metric=metric))
 
 
-@pytest.mark.parametrize("path", ["tiles", "plain"])
+@pytest.mark.parametrize("path", ["tiles", "plain", "select"])
 @metric
 def test_as_many_neighbours_as_rows_and_missing_ones(monkeypatch, path, metric):
     x = integers(N, 4)
@@ -179,13 +201,35 @@ def test_nan_comes_last_and_stays_in_its_row(monkeypatch, path, metric):
     assert indices[7].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("path", ["tiles", "overflow"])
+@pytest.mark.parametrize("path", ["tiles", "overflow", "select"])
 def test_near_rows_far_from_the_origin_keep_their_order(monkeypatch, path):
     x = integers(N, 5) / 64 + 100 * integers(2, 5, seed=1).repeat_interleave(N // 2, dim=0)
     assert_reference(launch(monkeypatch, path, x, 6, "euclidean"), reference.similarity_graph(x, 6, metric="euclidean"))
     half = (integers(N, 5) / 8 + 8).bfloat16()
     expected = reference.similarity_graph(half.double(), 6, metric="euclidean")
     assert_reference(launch(monkeypatch, path, half, 6, "euclidean"), expected)
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_crowds_larger_than_what_is_kept_of_distances(monkeypatch, with_keys):
+    """Their differences are below the rounding of the squares: no product can tell who is nearest."""
+    crowds = 100 * integers(2, 5, seed=1).repeat_interleave(40, dim=0)
+    x = integers(80, 5) / 64 + crowds
+    keys = x.flip(0)[:70].contiguous() if with_keys else None
+    expected = reference.similarity_graph(x, 6, metric="euclidean", keys=keys)
+    assert_reference(launch(monkeypatch, "select", x, 6, "euclidean", keys=keys), expected)
+
+
+def test_an_offset_of_all_rows_hides_no_distance(monkeypatch):
+    """Every row has its nearest among what is kept: none is looked up among all columns."""
+    seen = []
+    finish = triton_kernels.finish
+    monkeypatch.setattr(triton_kernels, "finish", lambda *arguments: (seen.append(arguments), finish(*arguments)))
+    x = normal(80, 5) + 4000
+    got = launch(monkeypatch, "select", x, 6, "euclidean")
+    assert_reference(got, reference.similarity_graph(x.double(), 6, metric="euclidean"))
+    ((*_, counts, found, _, _, _, _, _),) = seen
+    assert (counts <= found.shape[1]).all()
 
 
 def test_tf32_is_allowed_and_no_rows_are_no_work(monkeypatch):

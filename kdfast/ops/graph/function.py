@@ -1,7 +1,7 @@
 """Schemas, fake kernels and autograd of the graph ops: the selection, the gradient of its values, the loss on edges.
 
-``graph`` looks at all N M pairs, the other two at N k edges. How the backward of ``graph_kl`` works:
-kdfast/ops/autograd.py.
+``graph`` looks at all N M pairs, the other two at N k edges, with Triton's kernels also where that of CUDA C++ selects.
+How the backward of ``graph_kl`` works: kdfast/ops/autograd.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, differentiable_once, loss_like
 from kdfast.ops.library import LIBRARY, define
 
@@ -46,9 +47,9 @@ define(
 
 
 def _graph_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from kdfast.ops.graph import triton_kernels  # needs triton, which a machine without a GPU may lack
+    from kdfast.ops.graph import select, triton_kernels  # need triton, which a machine without a GPU may lack
 
-    return triton_kernels.graph(*arguments)
+    return (select if backends.is_forced(backends.CUDA) else triton_kernels).graph(*arguments)
 
 
 def _graph_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:

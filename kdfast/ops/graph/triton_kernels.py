@@ -17,6 +17,8 @@ A similarity is one integer, as in csrc/cpu/graph_select.h: value, then index, t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -358,9 +360,7 @@ class Selection(NamedTuple):
     capacity: int
 
 
-# About stride * k columns reach a limit.
-# A selection in CUDA C++ over tiles of cuBLAS waits for measurements too: it can save the first look, which is 1 /
-# stride of the product, and the counters; with tl.dot near the bare product that is at most about a third.
+# About stride * k columns reach a limit. select.py saves the first look, 1 / stride of the product, and the counters.
 SELECTIONS = (Selection(32, 4, 256), Selection(64, 4, 512), Selection(128, 2, 1024))
 # Up to this many pairs the matrix is stored and sorted: there launches cost more than memory.
 PLAIN_PAIRS = 2**20
@@ -439,10 +439,7 @@ def _stream(
     tile = tiling(x.dtype, ieee)
     _, stride, capacity = selection(k)
     stride = max(1, min(stride, m // (8 * k)))
-    factors = (x, y)
-    if metric == EUCLIDEAN.value and x.dtype == torch.float32:  # cancels less; half types would be rounded again
-        centre = y.nan_to_num(0, 0, 0).mean(dim=0)
-        factors = (x - centre, y - centre) if x is not y else (x - centre,) * 2
+    factors = centred(x, y, metric)
     a = coefficients(factors[0], metric)
     b = a if x is y else coefficients(factors[1], metric)
     bins = torch.empty(n, BINS_SPLITS * tile.bn, dtype=torch.float32, device=x.device)
@@ -459,8 +456,35 @@ def _stream(
     _hits_kernel[(rows * triton.cdiv(m, tile.bn),)](
         *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
     )
-    _select_kernel[(n,)](
-        x, y, a, b, labels, counts, found, values, indices, m, width, k,
+    finish(x, y, a, b, labels, counts, found, values, indices, k, metric, own)
+
+
+def centred(x: Tensor, y: Tensor, metric: int) -> tuple[Tensor, Tensor]:
+    """What to multiply for ``metric``: squares of distances cancel less around the centre of ``y``."""
+    if metric != EUCLIDEAN.value or x.dtype != torch.float32:  # half types would be rounded again
+        return x, y
+    centre = y.nan_to_num(0, 0, 0).mean(dim=0)
+    return (x - centre, y - centre) if x is not y else (x - centre,) * 2
+
+
+def finish(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    labels: Tensor | None,
+    counts: Tensor,
+    found: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    k: int,
+    metric: int,
+    own: bool,
+) -> None:
+    """The k best of what was ``found``, ``counts`` of each row; of all columns where they are more than fit."""
+    capacity = found.shape[1]
+    _select_kernel[(x.shape[0],)](
+        x, y, a, b, labels, counts, found, values, indices, y.shape[0], x.shape[1], k,
         METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, **select_options(capacity, backends.on_nvidia(x)),
     )  # fmt: skip
 
@@ -474,6 +498,17 @@ def select_options(capacity: int, nvidia: bool) -> dict[str, int]:
     return options
 
 
+@contextmanager
+def product_precision(ieee: bool) -> Iterator[None]:
+    """PyTorch's products of float32, whatever the process allows otherwise."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if ieee else "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def _plain(
     x: Tensor, y: Tensor, labels: Tensor | None, k: int, metric: int, own: bool, ieee: bool
 ) -> tuple[Tensor, Tensor]:
@@ -482,12 +517,8 @@ def _plain(
     if metric == EUCLIDEAN.value:
         scores = -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     else:
-        before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee" if ieee else "tf32"
-        try:
+        with product_precision(ieee):
             scores = x @ y.T
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
         if metric == COSINE.value:
             scores = scores * coefficients(x, metric)[:, None] * coefficients(y, metric)
     columns = torch.arange(y.shape[0], device=y.device)
