@@ -83,8 +83,8 @@ __device__ __forceinline__ bool complete(const WarpQueue<Q>& best, int k, float 
   return worst == kNothing || ordered_value(worst) < limit;  // false where the limit is NaN
 }
 
-// Registers of WarpQueue. Of distances twice as many keys are kept as are asked for, which are then computed anew from the
-// rows: as many again may be nearer than their products say.
+// Registers of WarpQueue. Of distances twice as many keys are kept as are asked for, to be computed anew from the rows: as
+// many again may be nearer than their products say.
 constexpr int registers_for(int metric, int64_t k) {
   const int64_t keep = metric == kEuclidean ? 2 * k : k;
   return keep <= 32 ? 1 : keep <= 64 ? 2 : keep <= 128 ? 4 : 8;
@@ -155,9 +155,10 @@ __device__ void graph_select(const SelectArguments& s, SelectMemory& memory, int
     const int64_t key = best.kept(q);
     const bool present = key != kNothing;
     found += count(ballot(present));
-    if (rank >= keep) continue;
-    keys[rank] = !decoded ? key : present ? index_of(key) : -1;
-    if (decoded) s.values[own * s.k + rank] = present ? value_of(key) : kLowest;
+    if (rank < keep) {
+      keys[rank] = !decoded ? key : present ? index_of(key) : -1;
+      if (decoded) s.values[own * s.k + rank] = present ? value_of(key) : kLowest;
+    }
   }
   if (METRIC == kEuclidean && s.last) {
     const bool all = complete(best, s.k, a, s.error);
