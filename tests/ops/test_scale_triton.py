@@ -20,7 +20,9 @@ def build(dtype: str, target: str) -> Build:
     constants = {"BLOCK": triton_kernels.BLOCK, "grad_split": 1, "grad_inner": 0}  # a contiguous gradient
     options = {"num_warps": triton_kernels.NUM_WARPS}
     module, aligned = triton_kernels.__name__, ("grad_ptr", "grad_outer", "factor_ptr")
-    return Build(f"{target} {dtype}", module, "_scale_kernel", signature, constants, options, target, aligned=aligned)
+    return Build(
+        f"{target} {dtype} gradient", module, "_scale_kernel", signature, constants, options, target, aligned=aligned
+    )
 
 
 def default_builds() -> list[Build]:
@@ -33,7 +35,7 @@ def test_in_the_interpreter():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_16_bytes_at_a_time_and_nothing_but_the_factor_before_it_is_known(dtype):
-    text = compile_all(default_builds())[f"sm_90 {dtype}"].text["ptx"]
+    text = compile_all(default_builds())[f"sm_90 {dtype} gradient"].text["ptx"]
     loads = re.findall(r"ld\.global\S*", text)
     assert "v4" not in loads[0] and sum("v4" in load for load in loads) >= 2, loads
     assert text.index("setp.") > text.index("ld.global")

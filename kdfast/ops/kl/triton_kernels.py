@@ -577,7 +577,7 @@ class Row(NamedTuple):
 # Of an H100 too. Rows of more than 64 KB are still in L2 when they come back if few are in flight: one program on a
 # multiprocessor.
 SEVERAL_TILES = (Row(65536, 256, 4), Row(2**63, 1024, 2))
-LABELLED = (Row(65536, 256, 2), Row(2**63, 1024, 2))  # with what a label adds, more loads leave too few registers
+LABELLED = (Row(65536, 256, 2), Row(2**63, 512, 2))  # what a label adds would spill
 BYTES_PER_LOAD = 16
 
 
