@@ -20,8 +20,8 @@ from kdfast import backends
 pytestmark = needs_triton
 HERE = Path(__file__).parent
 every_op = pytest.mark.parametrize("op", OPS)
-# 32 warps have 64 registers a thread. That is enough on an H100, where so many were measured to be best; here it is 2 and
-# 10 instructions short.
+# 32 warps have 64 registers a thread. That is enough on an H100, where so many were measured to be best; here it is 2
+# and 10 instructions short.
 SPILLS = {"sm_100 bf16 V=128256 reverse", "sm_100 bf16 V=128256 js"}
 
 
