@@ -8,6 +8,7 @@ KeOps have no gradient; 'graph loss' is forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,6 +32,7 @@ TEMPERATURE = 0.5
 SHAPES = [(1024, 128), (4096, 512), (8192, 128), (65536, 128)]
 LOSS_SHAPES = [(1024, 128), (8192, 128)]
 GPU_SHAPES = [(16384, 512)]
+FLOAT32_SHAPES = [(8192, 128), (16384, 512)]  # on a GPU too, where the others are bfloat16
 QUICK_SHAPES = SHAPES[:1]
 MATRIX_ROWS = 16384  # more rows than this have no N x N matrix here, and no floor: 65536 would take 17 GB
 KEOPS_ROWS = 1024  # at D = 128 it takes a hundred times longer, beyond that more
@@ -186,6 +188,8 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     cuda = options.device.type == "cuda"
     shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES + (GPU_SHAPES if cuda else []))
     chosen = [partial(graph_case, shape, options) for shape in shapes]
+    if cuda and not options.shapes:  # the same kernel with other products
+        chosen += [partial(graph_case, shape, replace(options, dtype=torch.float32)) for shape in FLOAT32_SHAPES]
     return chosen + [partial(loss_case, shape, options) for shape in shapes if shape in LOSS_SHAPES]
 
 

@@ -1,8 +1,8 @@
 """The one harness of all benchmarks: parity first, then interleaved times and peak memory of every candidate.
 
-A benchmark describes its cases and calls :func:`main`. Each case runs in a fresh process, once with PyTorch's default
-allocator and, on the CPU, once more with ``THP_MEM_ALLOC_ENABLE=1`` (huge pages for every candidate): page faults of
-fresh memory are a large part of what is measured. Within a case the candidates take turns in random order, so that a
+A benchmark describes its cases and calls :func:`main`. On the CPU they run in a fresh process with PyTorch's default
+allocator and in another with ``THP_MEM_ALLOC_ENABLE=1`` (huge pages for every candidate): page faults of fresh memory
+are a large part of what is measured. Within a case the candidates take turns in random order, so that a
 machine that slows down slows all of them. Nothing is measured where a candidate disagrees with the float64 reference.
 """
 
@@ -332,6 +332,18 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split("x"))
 
 
+def measured_here(builders: list[Callable[[], Case]], budget: float) -> Iterator[dict[str, Any]]:
+    """Records of this process, with the allocator that it has."""
+    value = os.environ.get(HUGE_PAGES)
+    name = next((name for name, variable in ALLOCATORS.items() if variable == value), "default")
+    for build in builders:
+        try:
+            yield {"allocator": name, HUGE_PAGES: value, **measure(build(), budget)}
+        except ParityError as error:
+            raise SystemExit(str(error)) from None
+        torch.compiler.reset()
+
+
 def run_workers(command: list[str], allocators: dict[str, str | None]) -> Iterator[dict[str, Any]]:
     """Records of one process per allocator, as they come."""
     for name, value in allocators.items():
@@ -341,7 +353,7 @@ def run_workers(command: list[str], allocators: dict[str, str | None]) -> Iterat
         with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or ():
                 if line.startswith("{"):
-                    yield {"allocator": name, HUGE_PAGES: value, **json.loads(line)}
+                    yield json.loads(line)
         if process.returncode != 0:
             raise SystemExit(f"the measurement with {name} allocation failed; nothing is saved")
 
@@ -355,18 +367,16 @@ def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]], budg
     options = parse(arguments, budget)
     builders = cases(Options(options.device, options.dtype, options.shapes, options.quick))
     if options.worker:
-        for build in builders:
-            try:
-                print(json.dumps(measure(build(), options.budget)), flush=True)
-            except ParityError as error:
-                raise SystemExit(str(error)) from None
-            torch.compiler.reset()
+        for record in measured_here(builders, options.budget):
+            print(json.dumps(record), flush=True)
         return
     huge_pages_matter = options.device.type == "cpu" and not options.quick
     allocators = ALLOCATORS if huge_pages_matter else {"default": None}
     result: dict[str, Any] = {"op": op, "environment": environment(options.device), "cases": []}
     with progress(op, len(builders) * len(allocators)) as advance:
-        for record in run_workers([sys.executable, script, *arguments, "--worker"], allocators):
+        command = [sys.executable, script, *arguments, "--worker"]
+        alone = options.device.type == "cuda"  # no other allocator: this process will do
+        for record in measured_here(builders, options.budget) if alone else run_workers(command, allocators):
             result["cases"].append(record)
             advance(f"{op}: {record['name']} {tables.shape(record)}")
             if options.output is not None:  # as it happens: whoever stops the run keeps what is measured

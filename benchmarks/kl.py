@@ -101,9 +101,9 @@ PEERS: dict[str, tuple[object, Loss]] = {
 }
 
 
-def by_cluster(loss: Loss, **inputs: Tensor) -> Tensor:
-    """The kernel of thread-block clusters in place of Triton's."""
-    with kdfast.backends.use(kdfast.backends.CUDA):
+def forced(backend: str, loss: Loss, **inputs: Tensor) -> Tensor:
+    """``loss`` by the kernel of ``backend``, whichever is the default."""
+    with kdfast.backends.use(backend):
         return loss(**inputs)
 
 
@@ -155,7 +155,8 @@ def case(name: str, function: str, arguments: dict[str, Any], shape: tuple[int, 
             candidates["kdfast, in place"] = step(partial(fast, inplace_backward=True), fresh(inputs))
         plain["F.kl_div"] = common_form
         if kdfast.backends.can_run(kdfast.backends.CUDA, "kl", options.device.type)[0] and shape[1] >= LONG_ROWS:
-            candidates["kdfast, cluster"] = step(partial(by_cluster, fast), inputs)
+            for backend in (kdfast.backends.TRITON, kdfast.backends.CUDA):
+                candidates[f"kdfast, {backend}"] = step(partial(forced, backend, fast), inputs)
         if options.device.type == "cuda":
             installed = {label: loss for label, (imported, loss) in PEERS.items() if imported is not None}
             candidates.update({label: step(loss, inputs) for label, loss in installed.items()})

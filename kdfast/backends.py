@@ -27,19 +27,19 @@ NAMES = (AUTO, CPU, TRITON, CUDA, REFERENCE)
 
 # op -> backends that have a kernel for it, in order of preference; the reference has every op.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "kl": (CPU, TRITON),  # triton: unmeasured
-    "topk_kl": (CPU, TRITON),  # triton: unmeasured
-    "relation": (CPU, TRITON),  # triton: unmeasured
-    "features": (CPU, TRITON),  # triton: unmeasured
-    "graph": (CPU, TRITON),  # triton: unmeasured
-    "rkd": (CPU, TRITON),  # triton: unmeasured
-    "rkd_sequence": (CPU, TRITON),  # triton: unmeasured
+    "kl": (CPU, TRITON),
+    "topk_kl": (CPU, TRITON),
+    "relation": (CPU, TRITON),
+    "features": (CPU, TRITON),
+    "graph": (CPU, TRITON),
+    "rkd": (CPU, TRITON),
+    "rkd_sequence": (CPU, TRITON),
     "scale": (TRITON,),  # a part of backward, chosen by no function
 }
-# Kernels that run where they are forced alone: not measured yet against the default of their op.
-UNMEASURED: dict[str, tuple[str, ...]] = {
-    # docs/gpu.md says what these may win.
-    "kl": (CUDA,),  # long rows of forward and reverse KL by thread-block clusters
+# Kernels beside those, which run on all they can where they are asked for by name. Not asked, they take from Triton
+# what a measurement says they are faster at: docs/gpu.md.
+BY_NAME: dict[str, tuple[str, ...]] = {
+    "kl": (CUDA,),  # forward and reverse KL by thread-block clusters
     "graph": (CUDA,),  # the selection from tiles of cuBLAS
 }
 
@@ -86,7 +86,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def is_forced(backend: str) -> bool:
-    """Whether ``backend`` was asked for by name."""
+    """Whether ``backend`` was asked for by name; 'auto': whether none was."""
     return _forced == backend
 
 
@@ -109,7 +109,7 @@ def can_run(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
     """Whether ``backend`` has a kernel of ``op`` for tensors of ``dtype`` on ``device_type``, and if not, why."""
     if backend == REFERENCE:
         return True, ""
-    if backend not in (*KERNELS.get(op, ()), *UNMEASURED.get(op, ())):
+    if backend not in (*KERNELS.get(op, ()), *BY_NAME.get(op, ())):
         return False, f"{op} has no {backend} kernel"
     missing = {CPU: _missing_extension, TRITON: _missing_triton, CUDA: _missing_cuda}[backend]
     wanted = "cpu" if backend == CPU else "cuda"

@@ -91,17 +91,17 @@ def test_an_unavailable_level_is_an_error():
         pass
 
 
-def test_a_kernel_that_is_not_measured_runs_only_where_it_is_forced(monkeypatch):
+def test_a_kernel_beside_the_default_runs_where_it_is_asked_for(monkeypatch):
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, is_cpu=False, is_cuda=True)
     monkeypatch.setattr(backends, "_missing_triton", None)
     monkeypatch.setattr(backends, "_missing_cuda", None)
-    assert backends.UNMEASURED
-    for op, kernels in backends.UNMEASURED.items():
+    assert backends.BY_NAME
+    for op, kernels in backends.BY_NAME.items():
         for backend in kernels:
             assert backends.select(op, on_a_gpu) != backend
             with backends.use(backend):
                 assert backends.select(op, on_a_gpu) == backend and backends.is_forced(backend)
-            assert f"use({backend!r}) runs a kernel that is not measured" in report()
+            assert f"use({backend!r}) runs its kernel on all that it can" in report()
     with backends.use("cuda"), pytest.raises(RuntimeError, match="topk_kl has no cuda kernel"):
         backends.select("topk_kl", on_a_gpu)
     monkeypatch.setattr(backends, "_missing_triton", "triton is not installed")

@@ -157,7 +157,7 @@ def graph() -> list[Call]:
         return {"student": student, "teacher": signs(generator, leading, width)}
 
     calls = []
-    rows = (1100,)  # more pairs than are stored
+    rows = (1100,)  # several tiles either way
     for metric in ("cosine", "dot", "euclidean"):
         common: dict[str, Any] = {"metric": metric}
         for k, width in ((20, 64), (64, 16), (128, 16)):  # the sanitizers take the first

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_support import assert_same_bits, step
 
+from kdfast import backends
 from samples import NAMES, SAMPLES
 from support import DTYPES, LAYOUTS, assert_parity, cast, sample_inputs
 
@@ -37,6 +38,7 @@ def test_any_layout_in_memory(name, layout):
 def test_every_configuration_keeps_the_rule_and_gives_the_same_bits_twice(call, dtype):
     """Every line of the tables, not only those that the shapes above lead to."""
     inputs, options = call.arguments()
-    assert_parity(call.function, inputs, options, dtype, device="cuda")
-    run = step(call.function, cast({**inputs, **options}, dtype, device="cuda"))
-    assert_same_bits(run(), run(), str(call))
+    with backends.use(backends.TRITON):  # whatever was measured to be faster
+        assert_parity(call.function, inputs, options, dtype, device="cuda")
+        run = step(call.function, cast({**inputs, **options}, dtype, device="cuda"))
+        assert_same_bits(run(), run(), str(call))

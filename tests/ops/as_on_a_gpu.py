@@ -7,8 +7,6 @@ looks at no device: functions, autograd and launchers are those of a GPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +28,6 @@ torch.library.Library.impl = on_the_cpu_too
 from kernels import OPS  # noqa: E402
 
 from kdfast import backends  # noqa: E402
-from kdfast.ops.graph import triton_kernels as graph  # noqa: E402
 from kdfast.ops.relation import rows, tiles  # noqa: E402
 
 asked: set[str] = set()  # ops that functions wanted to run
@@ -40,16 +37,6 @@ def as_on_a_gpu(op: str, tensor: Tensor) -> str:
     asked.add(op)
     able = op in OPS and tensor.dtype != torch.float64
     return backends.TRITON if able else backends.REFERENCE
-
-
-@contextmanager
-def large() -> Iterator[None]:
-    """Launchers take the way of large batches whatever the size."""
-    before, graph.PLAIN_PAIRS = graph.PLAIN_PAIRS, 0
-    try:
-        yield
-    finally:
-        graph.PLAIN_PAIRS = before
 
 
 backends.select = as_on_a_gpu

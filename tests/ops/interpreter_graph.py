@@ -20,9 +20,9 @@ assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must b
 # Several tiles either way, and a width that is no multiple of the depth.
 TILE = Tiling(16, 16, 16, 1, 1, "ieee")
 N, WIDTH = 14, 21
-# How the columns reach the selection: two looks at tiles, buffers that overflow, all of the matrix at once, or tiles of
-# cuBLAS with the kernel of CUDA C++, emulated. Buffer of a row, and up to how many pairs the matrix is stored.
-PATHS = {"tiles": (16, 0), "overflow": (8, 0), "plain": (16, 10**9), "select": (32, 0)}
+# How the columns reach the selection: two looks at tiles, buffers that overflow, or tiles of cuBLAS with the kernel of
+# CUDA C++, emulated. Buffer of a row.
+PATHS = {"tiles": 16, "overflow": 8, "select": 32}
 
 path = pytest.mark.parametrize("path", PATHS)
 metric = pytest.mark.parametrize("metric", METRICS)
@@ -41,11 +41,10 @@ def small_tables(monkeypatch):
 
 
 def take(monkeypatch, path):
-    capacity, pairs = PATHS[path]
+    capacity = PATHS[path]
     monkeypatch.setattr(triton_kernels, "SELECTIONS", (Selection(8, 2, capacity), Selection(16, 2, capacity)))
-    monkeypatch.setattr(triton_kernels, "PLAIN_PAIRS", pairs)
     monkeypatch.setattr(
-        triton_kernels, "tiling", lambda dtype, ieee: TILE._replace(precision="ieee" if ieee else "tf32")
+        triton_kernels, "tiling", lambda dtype, ieee, nvidia: TILE._replace(precision="ieee" if ieee else "tf32")
     )
     monkeypatch.setattr(triton_kernels, "BINS_SPLITS", 2)
 
@@ -114,7 +113,7 @@ def test_ties_break_to_the_smaller_index(monkeypatch, path, metric):
     assert_reference(got, reference.hardest_negatives(x, labels, k, metric=metric))
 
 
-@pytest.mark.parametrize("path", ["tiles", "plain", "select"])
+@pytest.mark.parametrize("path", ["tiles", "select"])
 @metric
 def test_as_many_neighbours_as_rows_and_missing_ones(monkeypatch, path, metric):
     x = integers(N, 4)

@@ -60,7 +60,8 @@ def products(of: str, metric: str, filtered: str, target: str) -> list[Build]:
     from kdfast.ops.graph import triton_kernels as graph
 
     dtype, ieee = PRODUCTS[of]
-    tile = graph.tiling({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], ieee)
+    nvidia = TARGETS[target][0] == "cuda"
+    tile = graph.tiling({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], ieee, nvidia)
     constants = {"METRIC": METRICS[metric], "PRECISION": tile.precision, **FILTERS[filtered]}
     constants |= {"BM": tile.bm, "BN": tile.bn, "BD": tile.bd}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -68,20 +69,29 @@ def products(of: str, metric: str, filtered: str, target: str) -> list[Build]:
     return [build(kernel, name, dtype, constants, options, target) for kernel in ("_bounds_kernel", "_hits_kernel")]
 
 
-def limits(metric: str, target: str) -> Build:
+def limits(metric: str, exact: bool, target: str) -> Build:
     from kdfast.ops.graph import triton_kernels as graph
 
     (bins,) = {graph.BINS_SPLITS * tile.bn for tile in graph.TILINGS.values()}
-    constants = {"METRIC": METRICS[metric], "BINS": bins}
-    return build("_limits_kernel", metric, "fp32", constants, {"num_warps": graph.ROW_WARPS}, target)
+    constants = {"METRIC": METRICS[metric], "EXACT": exact, "BINS": bins}
+    constants |= {} if exact and metric == "dot" else {"largest_ptr": None}
+    name = metric + (", exact" if exact else "")
+    return build("_limits_kernel", name, "fp32", constants, {"num_warps": graph.ROW_WARPS}, target)
 
 
-def select(dtype: str, metric: str, filtered: str, capacity: int, target: str) -> Build:
+def select(of: str, metric: str, filtered: str, capacity: int, target: str) -> Build:
     from kdfast.ops.graph import triton_kernels as graph
 
-    constants = {"METRIC": METRICS[metric], **FILTERS[filtered], "CAPACITY": capacity, "BD": graph.SELECT_BLOCK}
+    dtype, _ = PRODUCTS[of]
+    constants = {"METRIC": METRICS[metric], **FILTERS[filtered], "EXACT": is_exact(of, metric)}
+    constants |= {"CAPACITY": capacity, "BD": graph.SELECT_BLOCK}
     options = graph.select_options(capacity, nvidia=TARGETS[target][0] == "cuda")
-    return build("_select_kernel", f"{dtype} {metric} {filtered} of {capacity}", dtype, constants, options, target)
+    return build("_select_kernel", f"{of} {metric} {filtered} of {capacity}", dtype, constants, options, target)
+
+
+def is_exact(of: str, metric: str) -> bool:
+    """Whether what was found is computed anew."""
+    return metric == "euclidean" or of == "fp32"
 
 
 def rows(dtype: str, metric: str, target: str) -> Build:
@@ -115,8 +125,11 @@ def default_builds() -> list[Build]:
             ("fp32", "euclidean", "negatives", last),
         ):
             dtype, _ = PRODUCTS[of]
-            builds += [*products(of, metric, filtered, target), limits(metric, target), rows(dtype, metric, target)]
-            builds.append(select(dtype, metric, filtered, line.capacity, target))
+            builds += [*products(of, metric, filtered, target), rows(dtype, metric, target)]
+            builds += [
+                limits(metric, is_exact(of, metric), target),
+                select(of, metric, filtered, line.capacity, target),
+            ]
             builds += [edges(dtype, metric, variant, line.k, target) for variant in ("loss", "both sides")]
     return builds
 
@@ -132,16 +145,18 @@ def every_build() -> list[Build]:
 
     builds = []
     for target, metric in product(TARGETS, METRICS):
-        builds.append(limits(metric, target))
+        builds += [limits(metric, exact, target) for exact in {is_exact(of, metric) for of in PRODUCTS}]
         for of, filtered in product(PRODUCTS, FILTERS):
-            if (of, filtered) != ("tf32", "negatives"):  # hardest_negatives has no such option
-                builds += products(of, metric, filtered, target)
+            if (of, filtered) == ("tf32", "negatives"):  # hardest_negatives has no such option
+                continue
+            builds += products(of, metric, filtered, target)
+            for line in graph.SELECTIONS:
+                if line.k == MAX_K or filtered == "others":
+                    builds.append(select(of, metric, filtered, line.capacity, target))
         for dtype in DTYPES:
             builds.append(rows(dtype, metric, target))
             for line in graph.SELECTIONS:
                 longest = line.k == MAX_K
-                for filtered in FILTERS if longest else ("others",):
-                    builds.append(select(dtype, metric, filtered, line.capacity, target))
                 for variant in (*LOSSES, *SIDES) if longest else ("loss", "both sides"):
                     builds.append(edges(dtype, metric, variant, line.k, target))
     names = {made.name for made in builds}
@@ -157,12 +172,11 @@ def test_in_the_interpreter():
     run_in_interpreter("interpreter_graph.py")
 
 
-def test_products_of_half_types_and_tf32_run_on_tensor_cores(compiled):
+def test_products_run_on_tensor_cores(compiled):
     for name, resources in compiled.items():
         if "sm_" not in name or not re.search("bounds|hits", name):
             continue
-        on_tensor_cores = re.search(r"\b(?:mma|wgmma|tcgen05)\b", resources.text["ptx"]) is not None
-        assert on_tensor_cores == ("bf16" in name or "tf32" in name), name
+        assert re.search(r"\b(?:mma|wgmma|tcgen05)\b", resources.text["ptx"]), name
 
 
 def test_nothing_is_added_up_by_atomics_but_integer_counts(compiled):

@@ -307,3 +307,28 @@ def test_the_launcher_refuses_what_the_kernel_cannot(launcher, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with cannot(match=r"compute capability 9\.0"):
         launched(launcher, student, teacher, "forward", "sum")
+
+
+def test_it_takes_from_triton_what_it_was_measured_to_be_faster_at(monkeypatch):
+    pytest.importorskip("triton")
+    from kdfast import backends
+    from kdfast.ops.kl import cluster
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "can_run", lambda *arguments: (True, ""))
+    long = torch.empty(2, 128256, dtype=torch.bfloat16)
+
+    def wins(student: Tensor, teacher: Tensor = long, *, labels=None, kind: str = "forward", ce_weight: float = 0.0):
+        return cluster.wins(student, teacher, labels, KINDS[kind], ce_weight)
+
+    assert wins(long) and wins(long, kind="reverse") and wins(long.float()) and wins(long.view(2, 1, -1))
+    assert wins(long, teacher=long[:1].expand(2, -1))
+    assert not wins(long[:, :32000]) and not wins(long[:, :32000].float())
+    assert not wins(torch.empty(2, 262144))  # does not fit
+    assert not wins(long[:, :-1]) and not wins(long.T.contiguous().T) and not wins(long, teacher=long[:, 1:])
+    assert not wins(long, kind="js") and not wins(long, ce_weight=0.1) and not wins(long, labels=torch.zeros(2))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not wins(long)  # not measured there
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "can_run", lambda *arguments: (False, "not built"))
+    assert not wins(long)

@@ -1,11 +1,14 @@
 """Launcher of ``torch.ops.kdfast.graph_select``: the selection from tiles of the product, which cuBLAS makes.
 
-A tile fits in L2, where it is read before the next one takes its place: the matrix is never stored. All products have
-one shape, for which cuBLAS sums in one order, so that equal rows have equal similarities in whichever tile they are.
-Runs where ``kdfast.backends.use('cuda')`` asks for it.
+A tile is read before the next one takes its place: the matrix is never stored. All products have one shape, for which
+cuBLAS sums in one order, so that equal rows have equal similarities in whichever tile they are. Runs where
+``kdfast.backends.use('cuda')`` asks for it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +17,10 @@ from torch import Tensor
 from kdfast.ops.graph import triton_kernels
 from kdfast.ops.graph.function import METRICS
 
-# Unmeasured, all of it.
-TILE = 2**23  # products in float32: 32 MiB, of an H100's L2 of 50
-ROWS = 2048  # a warp each, 16 on an SM; fewer where there are fewer
+# Products of a tile in float32, 64 MiB: of 32 MiB, which an H100's L2 would hold, the two launches of a tile took
+# longer, 0.1 ms, than its work.
+TILE = 2**24
+ROWS = 4096  # a warp each, 31 on an SM; fewer where there are fewer
 COLUMNS = 2**16  # of a tile of few rows, at most
 ALIGNED = 16  # columns of a tile are a multiple of it, for cuBLAS and for reads of 16 bytes
 
@@ -40,7 +44,7 @@ def graph(
         return values, indices
     itself = include_self or keys is not None
     # Autocast would round the product.
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False), triton_kernels.product_precision(ieee):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False), product_precision(ieee):
         rows, columns = shape_of_tiles(n, m)
         near, far = triton_kernels.centred(x, y, metric)
         far = F.pad(far, (0, 0, 0, -m % columns))
@@ -65,8 +69,19 @@ def graph(
                     tile[row - begin :], a, b, labels, found, values, counts, k, metric, row, column, m, itself, error
                 )
         if counts is not None:
-            triton_kernels.finish(x, y, a, b, labels, counts, found, values, indices, k, metric, itself)
+            triton_kernels.finish(x, y, a, b, labels, counts, found, values, indices, k, metric, itself, True)
     return values, indices
+
+
+@contextmanager
+def product_precision(ieee: bool) -> Iterator[None]:
+    """PyTorch's products of float32, whatever the process allows otherwise."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if ieee else "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def shape_of_tiles(n: int, m: int) -> tuple[int, int]:

@@ -13,12 +13,13 @@ The selection never stores the matrix, and never sorts a tile. It looks at the p
 
 A similarity is one integer, as in csrc/cpu/graph_select.h: value, then index, then whether it is NaN. Work: N M D (1 +
 1 / stride) multiply-adds. Memory: N (CAPACITY * 8 + bins * 4) bytes.
+
+Products of float32 are three of TF32 on NVIDIA's tensor cores, nearly as exact as float32's. Nearly: limits are lower
+by what they may be off, and what is found is computed anew in float32 before it is sorted (EXACT). So are distances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 
 COSINE = tl.constexpr(0)
+DOT = tl.constexpr(1)
 EUCLIDEAN = tl.constexpr(2)
 INFINITY = tl.constexpr(float("inf"))
 NORM_EPS = tl.constexpr(1e-12)
@@ -140,8 +142,10 @@ def _bounds_kernel(
 
 
 @triton.jit(do_not_specialize=["k"])
-def _limits_kernel(bins_ptr, limits_ptr, a_ptr, k, error, METRIC: tl.constexpr, BINS: tl.constexpr):
-    """The k-th largest of a row's bins. For distances lowered by what rounding may have added: see ``rounding``."""
+def _limits_kernel(
+    bins_ptr, limits_ptr, a_ptr, largest_ptr, k, error, METRIC: tl.constexpr, EXACT: tl.constexpr, BINS: tl.constexpr
+):
+    """The k-th largest of a row's bins, lowered by what rounding may have added where EXACT: see ``rounding``."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BINS)
     ordered = tl.sort(tl.load(bins_ptr + row * BINS + lanes), descending=True)
@@ -151,8 +155,13 @@ def _limits_kernel(bins_ptr, limits_ptr, a_ptr, k, error, METRIC: tl.constexpr, 
         square = tl.load(a_ptr + row)
         reach = (-limit + 3.0 * error * square) / (1.0 - 2.0 * error)
         limit = -(reach * (1.0 + 2.0 * error) + 3.0 * error * square)
-        limit = tl.where(limit == limit, limit, -INFINITY)
-    tl.store(limits_ptr + row, limit)
+    elif EXACT:
+        # k columns may be `error` below it, and what is above those may be said to be as much below.
+        size = 1.0  # |x| |y| at most
+        if METRIC != COSINE:
+            size = tl.sqrt_rn(tl.load(a_ptr + row)) * tl.sqrt_rn(tl.load(largest_ptr))
+        limit -= 2.0 * error * size
+    tl.store(limits_ptr + row, tl.where(limit == limit, limit, -INFINITY))
 
 
 @triton.jit(do_not_specialize=["n", "m"])
@@ -200,7 +209,7 @@ def _row_scores(
 @triton.jit(do_not_specialize=["m", "k"])
 def _select_kernel(
     x_ptr, y_ptr, a_ptr, b_ptr, labels_ptr, counts_ptr, keys_ptr, values_ptr, indices_ptr, m, width, k,
-    METRIC: tl.constexpr, SELF: tl.constexpr, CAPACITY: tl.constexpr, BD: tl.constexpr,
+    METRIC: tl.constexpr, SELF: tl.constexpr, EXACT: tl.constexpr, CAPACITY: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The first k keys of a row: of its buffer, or of all columns where that overflowed."""
     row = tl.program_id(0).to(tl.int64)
@@ -210,7 +219,7 @@ def _select_kernel(
     if fits:
         present = lanes < count
         best = tl.load(keys_ptr + row * CAPACITY + lanes, mask=present, other=NOTHING)
-        if METRIC == EUCLIDEAN:
+        if EXACT:
             columns = tl.where(present, _index(best), 0)
             scores = _row_scores(x_ptr, y_ptr, a_ptr, b_ptr, row, columns, present, width, METRIC, CAPACITY, BD)
             best = tl.where(present, _key(scores, columns), NOTHING)
@@ -343,12 +352,13 @@ class Tiling(NamedTuple):
     precision: str  # of a product of float32
 
 
-# Unmeasured, all of it. A row of a factor is 128 bytes at a time on tensor cores; ieee products of float32 run on the
-# ordinary units, in small tiles whose sums fit in registers.
+# Of ten for half types and seven for float32 the fastest on an H100 at N = 16384, D = 512 and N = 8192, D = 128. On the
+# ordinary units float32 takes 4 to 7 times as long as three products of TF32, and longer than storing the matrix.
 TILINGS = {
     "half": Tiling(128, 64, 64, 8, 3, "ieee"),
     "tf32": Tiling(128, 64, 32, 8, 3, "tf32"),
-    "ieee float32": Tiling(64, 64, 16, 8, 2, "ieee"),
+    "float32": Tiling(128, 64, 32, 4, 3, "tf32x3"),
+    "float32, AMD": Tiling(64, 64, 16, 8, 2, "ieee"),  # whose matrix units have float32; unmeasured
 }
 
 
@@ -362,19 +372,19 @@ class Selection(NamedTuple):
 
 # About stride * k columns reach a limit. select.py saves the first look, 1 / stride of the product, and the counters.
 SELECTIONS = (Selection(32, 4, 256), Selection(64, 4, 512), Selection(128, 2, 1024))
-# Up to this many pairs the matrix is stored and sorted: there launches cost more than memory.
-PLAIN_PAIRS = 2**20
 BINS_SPLITS = 8  # programs along the columns that share a row's limits
 COEFFICIENTS_BLOCK = 256  # columns of a row that are squared at a time
 ROW_BLOCK = 64  # columns of a row that one program reads at a time
 ROW_WARPS = 4
-SELECT_BLOCK = 8  # columns of a row's whole buffer: 32 numbers a thread
+SELECT_BLOCK = 16  # columns of a row's whole buffer: 64 numbers a thread
 
 
-def tiling(dtype: torch.dtype, ieee: bool) -> Tiling:
+def tiling(dtype: torch.dtype, ieee: bool, nvidia: bool) -> Tiling:
     if dtype != torch.float32:
         return TILINGS["half"]
-    return TILINGS["ieee float32" if ieee else "tf32"]
+    if not ieee:
+        return TILINGS["tf32"]
+    return TILINGS["float32" if nvidia else "float32, AMD"]
 
 
 def selection(k: int) -> Selection:
@@ -382,8 +392,12 @@ def selection(k: int) -> Selection:
 
 
 def rounding(width: int, dtype: torch.dtype, ieee: bool) -> float:
-    """Error of a tile's squared distance, over |x|^2 + |y|^2: float32 sums, and factors rounded to tf32's 11 bits."""
-    return (width + 8) * 2.0**-23 + (2.0**-9 if dtype == torch.float32 and not ieee else 0.0)
+    """Error of a tile's product over |x| |y|, and of its squared distance over |x|^2 + |y|^2.
+
+    Sums of float32, on tensor cores cut off and of three parts; factors cut off to TF32's 11 bits, or to twice as many.
+    """
+    cut = 0.0 if dtype != torch.float32 else 3 * 2.0**-20 if ieee else 2.0**-9
+    return (width + 8) * 2.0**-22 + cut
 
 
 def coefficients(x: Tensor, metric: int) -> Tensor:
@@ -409,54 +423,39 @@ def graph(
         raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
     x = features.contiguous()
     y = x if keys is None else keys.contiguous()
-    n, m = x.shape[0], y.shape[0]
+    n, m, width = x.shape[0], y.shape[0], x.shape[1]
     values = torch.empty(n, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
         return values, indices
-    own = include_self or keys is not None
-    # The product in _plain is PyTorch's, which autocast would round.
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        if n * m <= PLAIN_PAIRS:
-            return _plain(x, y, labels, k, metric, own, ieee)
-        _stream(x, y, labels, k, metric, own, ieee, values, indices)
-    return values, indices
-
-
-def _stream(
-    x: Tensor,
-    y: Tensor,
-    labels: Tensor | None,
-    k: int,
-    metric: int,
-    own: bool,
-    ieee: bool,
-    values: Tensor,
-    indices: Tensor,
-) -> None:
-    """The selection in tiles, into ``values`` and ``indices``."""
-    n, m, width = x.shape[0], y.shape[0], x.shape[1]
-    tile = tiling(x.dtype, ieee)
+    own, nvidia = include_self or keys is not None, backends.on_nvidia(x)
+    tile = tiling(x.dtype, ieee, nvidia)
+    exact = metric == EUCLIDEAN.value or (x.dtype == torch.float32 and ieee)
     _, stride, capacity = selection(k)
     stride = max(1, min(stride, m // (8 * k)))
-    factors = centred(x, y, metric)
-    a = coefficients(factors[0], metric)
-    b = a if x is y else coefficients(factors[1], metric)
-    bins = torch.empty(n, BINS_SPLITS * tile.bn, dtype=torch.float32, device=x.device)
-    limits = torch.empty(n, dtype=torch.float32, device=x.device)
-    counts = torch.zeros(n, dtype=torch.int32, device=x.device)
-    found = torch.empty(n, capacity, dtype=torch.int64, device=x.device)
-    shared: dict[str, Any] = {"METRIC": metric, "PRECISION": tile.precision, "SELF": own}
-    shared |= {"BM": tile.bm, "BN": tile.bn, "BD": tile.bd, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    rows = triton.cdiv(n, tile.bm)
-    _bounds_kernel[(rows, BINS_SPLITS)](*factors, a, b, labels, bins, n, m, width, stride, **shared)
-    _limits_kernel[(n,)](
-        bins, limits, a, k, rounding(width, x.dtype, ieee), METRIC=metric, BINS=bins.shape[1], num_warps=ROW_WARPS
-    )
-    _hits_kernel[(rows * triton.cdiv(m, tile.bn),)](
-        *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
-    )
-    finish(x, y, a, b, labels, counts, found, values, indices, k, metric, own)
+    with torch.cuda.device_of(x):
+        factors = centred(x, y, metric)
+        a = coefficients(factors[0], metric)
+        b = a if x is y else coefficients(factors[1], metric)
+        largest = b.max() if exact and metric == DOT.value else None
+        bins = torch.empty(n, BINS_SPLITS * tile.bn, dtype=torch.float32, device=x.device)
+        limits = torch.empty(n, dtype=torch.float32, device=x.device)
+        counts = torch.zeros(n, dtype=torch.int32, device=x.device)
+        found = torch.empty(n, capacity, dtype=torch.int64, device=x.device)
+        shared: dict[str, Any] = {"METRIC": metric, "PRECISION": tile.precision, "SELF": own}
+        shared |= {"BM": tile.bm, "BN": tile.bn, "BD": tile.bd}
+        shared |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        rows = triton.cdiv(n, tile.bm)
+        _bounds_kernel[(rows, BINS_SPLITS)](*factors, a, b, labels, bins, n, m, width, stride, **shared)
+        _limits_kernel[(n,)](
+            bins, limits, a, largest, k, rounding(width, x.dtype, ieee),
+            METRIC=metric, EXACT=exact, BINS=bins.shape[1], num_warps=ROW_WARPS,
+        )  # fmt: skip
+        _hits_kernel[(rows * triton.cdiv(m, tile.bn),)](
+            *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
+        )
+        finish(x, y, a, b, labels, counts, found, values, indices, k, metric, own, exact)
+    return values, indices
 
 
 def centred(x: Tensor, y: Tensor, metric: int) -> tuple[Tensor, Tensor]:
@@ -480,12 +479,17 @@ def finish(
     k: int,
     metric: int,
     own: bool,
+    exact: bool,
 ) -> None:
-    """The k best of what was ``found``, ``counts`` of each row; of all columns where they are more than fit."""
+    """The k best of what was ``found``, ``counts`` of each row; of all columns where they are more than fit.
+
+    ``exact``: by similarities that are computed anew.
+    """
     capacity = found.shape[1]
     _select_kernel[(x.shape[0],)](
         x, y, a, b, labels, counts, found, values, indices, y.shape[0], x.shape[1], k,
-        METRIC=metric, SELF=own, CAPACITY=capacity, BD=SELECT_BLOCK, **select_options(capacity, backends.on_nvidia(x)),
+        METRIC=metric, SELF=own, EXACT=exact, CAPACITY=capacity, BD=SELECT_BLOCK,
+        **select_options(capacity, backends.on_nvidia(x)),
     )  # fmt: skip
 
 
@@ -496,44 +500,6 @@ def select_options(capacity: int, nvidia: bool) -> dict[str, int]:
         # All that a program can have: ptxas otherwise spills some to let one more program onto the SM.
         options["maxnreg"] = min(255, 65536 // (32 * options["num_warps"]))
     return options
-
-
-@contextmanager
-def product_precision(ieee: bool) -> Iterator[None]:
-    """PyTorch's products of float32, whatever the process allows otherwise."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee" if ieee else "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _plain(
-    x: Tensor, y: Tensor, labels: Tensor | None, k: int, metric: int, own: bool, ieee: bool
-) -> tuple[Tensor, Tensor]:
-    """All similarities, then the k largest of their keys, which are all different."""
-    x, y = x.float(), y.float()
-    if metric == EUCLIDEAN.value:
-        scores = -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    else:
-        with product_precision(ieee):
-            scores = x @ y.T
-        if metric == COSINE.value:
-            scores = scores * coefficients(x, metric)[:, None] * coefficients(y, metric)
-    columns = torch.arange(y.shape[0], device=y.device)
-    hidden = torch.zeros_like(scores, dtype=torch.bool) if own else columns[: x.shape[0], None] == columns
-    if labels is not None:
-        hidden = labels[:, None] == labels
-    nan = scores.isnan()
-    bits = (scores.masked_fill(nan, -torch.inf) + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ LARGEST_INDEX.value, bits).long()
-    keys = ((ordered << 32) | (LARGEST_INDEX.value - columns)).masked_fill(hidden, NOTHING.value)
-    best = keys.topk(k, dim=1).values
-    indices = LARGEST_INDEX.value - (best & LARGEST_INDEX.value)
-    missing = best == NOTHING.value
-    values = scores.gather(1, indices.masked_fill(missing, 0)).masked_fill(missing, -torch.inf)
-    return (-values if metric == EUCLIDEAN.value else values), indices.masked_fill(missing, -1)
 
 
 def _transposed(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -42,16 +42,22 @@ define(f"kl(Tensor student, {_ARGUMENTS}, bool needs_grad) -> (Tensor, Tensor)")
 LIBRARY.define(f"kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
 
 
-def _kl_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _kl_cuda(student: Tensor, teacher: Tensor, labels: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _launchers(student, teacher, labels, *arguments).kl(student, teacher, labels, *arguments)
+
+
+def _kl_inplace_cuda(student: Tensor, teacher: Tensor, labels: Tensor | None, *arguments: Any) -> Tensor:
+    return _launchers(student, teacher, labels, *arguments, True).kl_(student, teacher, labels, *arguments)
+
+
+def _launchers(student: Tensor, teacher: Tensor, labels: Tensor | None, *arguments: Any) -> Any:
+    """The module whose kernels are the fastest here, or those asked for."""
     from kdfast.ops.kl import cluster, triton_kernels  # need triton, which a machine without a GPU may lack
 
-    return (cluster if backends.is_forced(backends.CUDA) else triton_kernels).kl(*arguments)
-
-
-def _kl_inplace_cuda(*arguments: Any) -> Tensor:
-    from kdfast.ops.kl import cluster, triton_kernels
-
-    return (cluster if backends.is_forced(backends.CUDA) else triton_kernels).kl_(*arguments)
+    _, _, _, kind, _, _, _, ce_weight, *_, needs_grad = arguments
+    automatic = backends.is_forced(backends.AUTO) and needs_grad
+    wins = automatic and cluster.wins(student, teacher, labels, kind, ce_weight)
+    return cluster if wins or backends.is_forced(backends.CUDA) else triton_kernels
 
 
 LIBRARY.impl("kl", _kl_cuda, "CUDA")
