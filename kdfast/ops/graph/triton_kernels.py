@@ -72,7 +72,7 @@ def _combine(product, a, b, METRIC: tl.constexpr):
 
 @triton.jit
 def _admitted(rows, columns, n, m, labels_ptr, SELF: tl.constexpr):
-    """(rows, columns): whether a column may be a neighbour."""
+    """(rows, columns): whether a column may be a neighbour. Numbers of 32 bits, as a key has 31 for the index."""
     keep = (rows < n)[:, None] & (columns < m)[None, :]
     if labels_ptr is not None:  # which leave out the row itself
         # Of the last row past the end: no mask, which AMD's scalar registers have no room for.
@@ -89,8 +89,8 @@ def _tile(
     x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width,
     METRIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Similarities (BM, BN); rows and columns are int64, and past the end repeat the last one."""
-    rows, columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
+    """Similarities (BM, BN); rows and columns past the end repeat the last one."""
+    rows, columns = tl.minimum(rows, n - 1).to(tl.int64), tl.minimum(columns, m - 1).to(tl.int64)
     product = tl.zeros([BM, BN], tl.float32)
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
@@ -126,11 +126,11 @@ def _bounds_kernel(
     BD: tl.constexpr,
 ):  # fmt: skip
     """bins[row, split * BN + lane]: the largest similarity in lane ``lane`` of every stride-th tile of a split."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split, splits = tl.program_id(1), tl.num_programs(1)
     largest = tl.full([BM, BN], -INFINITY, tl.float32)
     for start in range(split * stride * BN, m, splits * stride * BN):
-        columns = (start + tl.arange(0, BN)).to(tl.int64)
+        columns = start + tl.arange(0, BN)
         scores = _tile(
             x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width, METRIC, PRECISION, BM, BN, BD
         )  # fmt: skip
@@ -138,7 +138,7 @@ def _bounds_kernel(
         largest = tl.where(_admitted(rows, columns, n, m, labels_ptr, SELF) & (scores > largest), scores, largest)
     bins = (splits * BN).to(tl.int64)
     lanes = split * BN + tl.arange(0, BN)
-    tl.store(bins_ptr + rows[:, None] * bins + lanes[None, :], largest, mask=(rows < n)[:, None])
+    tl.store(bins_ptr + rows.to(tl.int64)[:, None] * bins + lanes[None, :], largest, mask=(rows < n)[:, None])
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -173,17 +173,18 @@ def _hits_kernel(
     """Appends the keys of what is not below the row's limit; counts[row] goes on counting past the capacity."""
     # One axis: y ends at 65535 tiles, and keys may be more.
     tile, tiles = tl.program_id(0), tl.cdiv(m, BN)
-    rows = (tile // tiles).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = (tile % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+    rows = (tile // tiles) * BM + tl.arange(0, BM)
+    columns = (tile % tiles) * BN + tl.arange(0, BN)
     scores = _tile(
         x_ptr, y_ptr, a_ptr, b_ptr, rows, columns, n, m, width, METRIC, PRECISION, BM, BN, BD
     )  # fmt: skip
     limits = tl.load(limits_ptr + rows, mask=rows < n, other=INFINITY)
     below = scores < limits[:, None]
     hit = _admitted(rows, columns, n, m, labels_ptr, SELF) & (below == 0)  # a NaN is not below
-    place = tl.atomic_add(counts_ptr + rows[:, None] + tl.zeros([BM, BN], tl.int64), 1, mask=hit, sem="relaxed")
-    keys = _key(scores, columns[None, :] + tl.zeros([BM, BN], tl.int64))
-    tl.store(keys_ptr + rows[:, None] * capacity + place, keys, mask=hit & (place < capacity))
+    place = tl.atomic_add(counts_ptr + rows[:, None] + tl.zeros([BM, BN], tl.int32), 1, mask=hit, sem="relaxed")
+    keys = _key(scores, columns[None, :] + tl.zeros([BM, BN], tl.int32))
+    buffers = keys_ptr + rows.to(tl.int64)[:, None] * capacity
+    tl.store(buffers + place, keys, mask=hit & (place < capacity))
 
 
 @triton.jit
