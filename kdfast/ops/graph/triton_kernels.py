@@ -358,7 +358,7 @@ class Tiling(NamedTuple):
 TILINGS = {
     "half": Tiling(128, 64, 64, 8, 3, "ieee"),
     "tf32": Tiling(128, 64, 32, 8, 3, "tf32"),
-    "float32": Tiling(128, 64, 32, 4, 3, "tf32x3"),
+    "float32": Tiling(64, 64, 32, 4, 3, "tf32x3"),
     "float32, AMD": Tiling(64, 64, 16, 8, 2, "ieee"),  # whose matrix units have float32; unmeasured
 }
 
