@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.ops.features.function import gradient_dtype
+from kdfast.ops.sizes import cdiv, next_power_of_2
 
 EPS = tl.constexpr(1e-12)  # of the attention's norm
 # Elements of a tile, and warps: 8 elements a thread; with 16 ptxas spills. Unmeasured.
@@ -228,13 +229,13 @@ def _mse_kernel(
 
 def tile(pixels: int) -> tuple[int, int]:
     """(channels, pixels) of a tile of a map: as many pixels as there are, up to 128, neighbours in memory."""
-    wide = min(max(triton.next_power_of_2(pixels), 16), 128)
+    wide = min(max(next_power_of_2(pixels), 16), 128)
     return TILE // wide, wide
 
 
 def block(pixels: int) -> int:
     """Pixels that _compare_kernel takes at a time: one to eight a thread."""
-    return min(max(triton.next_power_of_2(pixels), 32 * WARPS), TILE)
+    return min(max(next_power_of_2(pixels), 32 * WARPS), TILE)
 
 
 def power_of(p: float) -> int:
@@ -247,8 +248,8 @@ def _pooled(maps: Tensor, h: int, w: int) -> Tensor:
     if h == H and w == W:
         return maps
     pooled = torch.empty((n, c, h, w), dtype=torch.float32, device=maps.device)
-    most = [triton.cdiv(large, small) + (large % small != 0) for large, small in ((H, h), (W, w))]
-    grid = (n * c, triton.cdiv(h * w, 256))
+    most = [cdiv(large, small) + (large % small != 0) for large, small in ((H, h), (W, w))]
+    grid = (n * c, cdiv(h * w, 256))
     _pool_kernel[grid](maps, pooled, H, W, h, w, *most, BLOCK=256, num_warps=WARPS)
     return pooled
 
@@ -266,14 +267,14 @@ def attention(
     if n == 0:
         return losses.sum(), grad
     pixels, (bc, bp), power = h * w, tile(h * w), power_of(p)
-    blocks, scale = triton.cdiv(pixels, bp), 1 / (n * h * w)
+    blocks, scale = cdiv(pixels, bp), 1 / (n * h * w)
     with torch.cuda.device_of(student_maps):
         student, teacher = _pooled(student_maps, h, w), _pooled(teacher_maps, h, w)
         # Not slices of one: where those begin, which kernels are compiled for, depends on the batch.
         sums = []
         for maps in (student, teacher):
             channels = maps.shape[1]
-            parts = max(1, min(triton.cdiv(PROGRAMS, n * blocks), triton.cdiv(channels, bc)))
+            parts = max(1, min(cdiv(PROGRAMS, n * blocks), cdiv(channels, bc)))
             a = torch.empty((parts, n, pixels), dtype=torch.float32, device=grad.device)
             _power_kernel[(n, blocks, parts)](maps, a, channels, pixels, p, POWER=power, BC=bc, BP=bp, num_warps=WARPS)
             sums.append(a)
@@ -284,11 +285,11 @@ def attention(
         if needs_grad:
             pooled = student is not student_maps
             out = torch.empty_like(student) if pooled else grad
-            _power_grad_kernel[(n, triton.cdiv(c, bc), blocks)](
+            _power_grad_kernel[(n, cdiv(c, bc), blocks)](
                 student, sums[0], out, c, pixels, p, POWER=power, BC=bc, BP=bp, num_warps=WARPS
             )  # fmt: skip
             if pooled:
-                grid = (n * c, triton.cdiv(H * W, 256))
+                grid = (n * c, cdiv(H * W, 256))
                 _pool_grad_kernel[grid](out, grad, H, W, h, w, BLOCK=256, num_warps=WARPS)
     return losses.sum(), grad
 
@@ -299,7 +300,7 @@ def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gra
     size = student.numel()
     shape = student.shape if needs_grad else (0,)
     grad = torch.empty(shape, dtype=gradient_dtype(student), device=student.device)
-    programs = triton.cdiv(size, TILE)
+    programs = cdiv(size, TILE)
     losses = torch.empty(programs, dtype=torch.float32, device=student.device)
     by_row = mask is not None and mask.shape != student.shape
     rows = student.shape[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.kl.function import KINDS
+from kdfast.ops.sizes import cdiv
 
 FORWARD = tl.constexpr(KINDS["forward"])
 REVERSE = tl.constexpr(KINDS["reverse"])
@@ -585,7 +586,7 @@ def tiling(classes: int, itemsize: int, labelled: bool, nvidia: bool) -> Tiling:
     """The default for rows of ``classes`` logits of ``itemsize`` bytes."""
     for largest, rows, num_warps in ONE_TILE:
         if classes <= largest:
-            return Tiling(True, rows, max(largest, triton.next_power_of_2(classes)), num_warps)
+            return Tiling(True, rows, largest, num_warps)
     table = LABELLED if labelled else SEVERAL_TILES
     _, threads, loads = next(row for row in table if classes * itemsize <= row.largest)
     return Tiling(False, loads * threads, BYTES_PER_LOAD // itemsize, threads // (32 if nvidia else 64))
@@ -633,6 +634,8 @@ class Rows(NamedTuple):
 
 def rows_of(x: Tensor) -> Rows | None:
     """``x`` as rows if its classes are adjacent and two strides reach every row, else None."""
+    if x.is_contiguous():
+        return Rows(x, 1, x.shape[-1], 0)
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
     dims: list[tuple[int, int]] = []  # (size, stride), outermost first, neighbours joined where one stride does
@@ -739,7 +742,7 @@ def _launch(
         nvidia = backends.on_nvidia(logits)
         tile = tiling(classes, logits.element_size(), is_labelled(kind, ce_weight), nvidia)
         constants, compiler_options = options_of(kind, temperature, ce_weight, label_smoothing, tile, nvidia)
-        _kl_kernel[(triton.cdiv(rows, tile.a) if tile.one_tile else rows,)](
+        _kl_kernel[(cdiv(rows, tile.a) if tile.one_tile else rows,)](
             *student.arguments,
             *teacher_rows.arguments,
             *(grad.arguments if grad is not None else (None, 1, 0, 0)),

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.ops.relation import tiles
+from kdfast.ops.sizes import cdiv
 
 # Rows and columns of a program's tile: 8 elements a thread. Unmeasured.
 ROWS, COLUMNS, WARPS = 8, 128, 4
@@ -136,7 +137,7 @@ def _direction(c_s, c_t, eps):
 
 
 def _grid(panel: Tensor) -> tuple[int, int]:
-    return triton.cdiv(panel.shape[0], ROWS), triton.cdiv(panel.shape[1], COLUMNS)
+    return cdiv(panel.shape[0], ROWS), cdiv(panel.shape[1], COLUMNS)
 
 
 def _sizes(panel: Tensor, first: int) -> tuple[int, int, int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.kl.triton_kernels import BYTES_PER_LOAD, INFINITY, LN2, LOG2E, _shift, _softened, average, rows_of
+from kdfast.ops.sizes import cdiv, next_power_of_2
 from kdfast.ops.topk_kl.function import TAILS
 from kdfast.reference.logits import PADDING_INDEX
 
@@ -268,7 +269,7 @@ LOADS_PER_THREAD = 4  # of 16 bytes, in flight at once: as many as kl has of two
 def tiling(classes: int, k: int, itemsize: int) -> Tiling:
     """The default for k entries a row of ``classes`` logits of ``itemsize`` bytes."""
     num_warps, most = next((num_warps, most) for largest, num_warps, most in WARPS if classes <= largest)
-    entries = min(triton.next_power_of_2(k), most)
+    entries = min(next_power_of_2(k), most)
     return Tiling(entries, LOADS_PER_THREAD * 32 * num_warps, BYTES_PER_LOAD // itemsize, num_warps)
 
 
@@ -312,7 +313,7 @@ def topk_kl(
 
     with torch.cuda.device_of(student):
         weight, count_factor = average(reduction, rows, classes, None, mask, 0, student.device)
-        words, holes = triton.cdiv(classes, WORD.value), None
+        words, holes = cdiv(classes, WORD.value), None
         if tail == TAILS["bucket"]:
             holes = torch.empty((rows, words), dtype=torch.int32, device=student.device)
         nvidia = backends.on_nvidia(student)
