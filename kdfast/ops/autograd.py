@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.scale import scale_
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
@@ -91,9 +92,14 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 
     What is given away belongs to the caller, who may write it: a retained graph gives a copy, also for grad_output 1.
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (grad * grad_output.detach()).to(grad.dtype)
-    return scale_(grad, grad_output.detach())
+    factor = grad_output.detach()
+    if torch.compiler.is_compiling():
+        return (grad * factor).to(grad.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        if not backends.on_gpu(grad):
+            return (grad * factor).to(grad.dtype)
+        grad = grad.clone()  # scale_ is more exact there than PyTorch's product, and every backward gives the same
+    return scale_(grad, factor)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

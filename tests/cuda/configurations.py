@@ -126,8 +126,8 @@ def rkd_sequence() -> list[Call]:
 
 
 def scale() -> list[Call]:
-    """A gradient of half a block, and one of several with a rest."""
-    return [Call("kl_divergence", (5,), width, {"reduction": "sum"}) for width in (1000, 8189)]
+    """More elements than PyTorch multiplies: fewer blocks than programs, with a rest."""
+    return [Call("kl_divergence", (rows,), width, {"reduction": "sum"}) for rows, width in ((300, 1000), (40, 8189))]
 
 
 def signs(generator: torch.Generator, leading: tuple[int, ...], width: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from as_on_a_gpu import asked
 from kernels import OPS
 
 import kdfast
+from kdfast.ops.scale import function as scale
 from samples import NAMES, SAMPLES
 from support import LAYOUTS, assert_parity, cast, first_output, sample_inputs
 
@@ -17,15 +20,17 @@ SEEDS = 24  # enough draws of the options to reach every compile-time combinatio
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy: infinities meet in rows that are masked afterwards
 @pytest.mark.parametrize("name", NAMES)
-def test_public_functions_keep_the_rule(name):
+def test_public_functions_keep_the_rule(monkeypatch, name):
     before, sample = set(asked), SAMPLES[name]
     asked.clear()
     widths = [width for width in sample.widths if width <= 100]  # the interpreter is slow
     for seed in range(SEEDS):
         leading, width = sample.leading[seed % len(sample.leading)], widths[seed % len(widths)]
         inputs, options = sample_inputs(name, seed, leading, width)
-        layout = list(LAYOUTS)[seed % len(LAYOUTS)]
-        assert_parity(name, inputs, options, DTYPES[seed % len(DTYPES)], layout=layout, seed=seed)
+        layout, dtype = list(LAYOUTS)[seed % len(LAYOUTS)], DTYPES[seed % len(DTYPES)]
+        # The interpreter cuts bfloat16 off where a GPU rounds: a gradient cut off twice is too far off.
+        monkeypatch.setattr(scale, "SMALL", 0 if dtype == torch.float32 else math.inf)
+        assert_parity(name, inputs, options, dtype, layout=layout, seed=seed)
         if not asked & set(OPS):
             break  # the reference, which other tests cover
     asked.update(before)

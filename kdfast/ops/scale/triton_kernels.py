@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, cuda
 
-from kdfast.ops.kl.triton_kernels import rows_of
+from kdfast.ops.kl.triton_kernels import Rows, rows_of
+from kdfast.ops.sizes import cdiv
 
 
 # Reads 4 bytes and ends where the factor is 1. Else reads and writes every element once, and the product is rounded
@@ -37,13 +38,14 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     """``torch.ops.kdfast.scale_``."""
     if grad.numel() == 0:
         return
-    # A contiguous gradient is one row, so that short ones fill a program.
-    rows = rows_of(grad.view(-1) if grad.is_contiguous() else grad)
+    # A contiguous gradient is one row, so that short ones fill a program. There is no next one: 0 elements to it, since
+    # another number would be another kernel for some batches.
+    rows = Rows(grad.view(-1), 1, 0, 0) if grad.is_contiguous() else rows_of(grad)
     if rows is None:
         raise RuntimeError("kdfast::scale_: rows of grad must be addressable in place")
     width = rows.tensor.shape[-1]
     count = grad.numel() // width
     with cuda.device_of(grad):
-        _scale_kernel[(min(PROGRAMS, count * triton.cdiv(width, BLOCK)),)](
+        _scale_kernel[(min(PROGRAMS, count * cdiv(width, BLOCK)),)](
             *rows.arguments, factor, count, width, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
