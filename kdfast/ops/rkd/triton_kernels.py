@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.ops.sizes import cdiv
+
 # The largest ratio of distances from one apex for which high alone keeps the cosines to a few roundings.
 WIDE_RATIO = tl.constexpr(8.0)
 SMALLEST_NORM = tl.constexpr(1e-12)
@@ -385,7 +387,9 @@ def rkd(
     if student.dtype == torch.float64:
         raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
     n, device = student.shape[0], student.device
-    grad = torch.zeros(student.shape if needs_grad else (0,), dtype=torch.float32, device=device)
+    any_loss = angle_weight != 0 or distance_weight != 0
+    make = torch.empty if any_loss else torch.zeros  # the last kernel writes all of it
+    grad = make(student.shape if needs_grad else (0,), dtype=torch.float32, device=device)
     if n == 0:
         return grad.new_zeros(()), grad
     x_student, x_teacher = (_rows(x, mask) for x in (student, teacher))
@@ -393,7 +397,8 @@ def rkd(
     weight = None if row_weight is None else row_weight.float()
     if mask is not None:
         weight = mask.float() if weight is None else weight.masked_fill(~mask, 0.0)
-    kept = torch.full((), float(n), dtype=torch.float64, device=device) if mask is None else mask.sum().double()
+    number = float(n) if mask is None else mask.sum().double()  # of the rows that count
+    kept = _scalar(number, torch.float64, device)
 
     with torch.cuda.device_of(student):
         of_student, of_teacher = _pairs(x_student), _pairs(x_teacher)
@@ -405,47 +410,65 @@ def rkd(
             BLOCK=ROW_BLOCK, **OPTIONS["_rows_kernel"],
         )  # fmt: skip
         matrices = (*of_student, *of_teacher)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        losses = []
         chosen = n if apexes is None else apexes.numel()
-        from_apex = torch.zeros(n, n, dtype=torch.float32, device=device) if needs_grad and angle_weight != 0 else None
-        angle = torch.zeros((), dtype=torch.float32, device=device)
+        from_apex = None
         if angle_weight != 0:
-            count = kept if apexes is None else (kept.new_full((), chosen) if mask is None else mask[apexes].sum())
-            count = count.double().clamp(min=1)
-            angle = angle_weight / (count * kept.square().clamp(min=1)) if mean else angle_weight * kept / count
-            blocks = triton.cdiv(n, APEX_ROWS)
-            losses = torch.empty(chosen, blocks, dtype=torch.float32, device=device)
+            if needs_grad:
+                make = torch.empty if apexes is None else torch.zeros  # a row for each apex is written
+                from_apex = make(n, n, dtype=torch.float32, device=device)
+            count = number
+            if apexes is not None:
+                count = float(chosen) if mask is None else mask[apexes].sum().double()
+            count = _at_least_1(count)
+            angle = angle_weight / (count * _at_least_1(number * number)) if mean else angle_weight * number / count
+            angle_factor = _scalar(angle, torch.float32, device)
+            blocks = cdiv(n, APEX_ROWS)
+            values = torch.empty(chosen, blocks, dtype=torch.float32, device=device)
             _apex_kernel[(chosen, blocks)](
-                from_apex, losses, *matrices, wide, weight, apexes, angle.float(), n,
+                from_apex, values, *matrices, wide, weight, apexes, angle_factor, n,
                 ROWS=APEX_ROWS, COLUMNS=APEX_COLUMNS, **OPTIONS["_apex_kernel"],
             )  # fmt: skip
-            loss += angle * losses.sum(dtype=torch.float64)
-        totals = [side.sum(dtype=torch.float64) for side in sums]
-        distance, slope = kept.new_zeros(()), kept.new_zeros(())
+            losses.append(angle * values.sum(dtype=torch.float64))
+        else:
+            angle_factor = _scalar(0.0, torch.float32, device)  # not read
+        totals, slope, distance_factor = [kept, kept], kept, angle_factor  # not read without distances
         if distance_weight != 0:
-            distance = distance_weight / kept.square().clamp(min=1) if mean else kept.new_full((), distance_weight)
+            totals = [side.sum(dtype=torch.float64) for side in sums]
+            distance = distance_weight / _at_least_1(number * number) if mean else distance_weight
+            distance_factor = _scalar(distance, torch.float32, device)
             values, slopes = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
             _distance_loss_kernel[(n,)](
                 values, slopes, of_student[0], of_teacher[0], *totals, kept, weight, n,
                 BLOCK=ROW_BLOCK, **OPTIONS["_distance_loss_kernel"],
             )  # fmt: skip
-            loss += distance * values.sum(dtype=torch.float64)
+            losses.append(distance * values.sum(dtype=torch.float64))
             slope = slopes.sum(dtype=torch.float64)
-        if needs_grad and (angle_weight != 0 or distance_weight != 0):
+        if needs_grad and any_loss:
             pairs = torch.empty(n, n, dtype=torch.float32, device=device)
-            blocks = triton.cdiv(n, PAIR_BLOCK)
+            blocks = cdiv(n, PAIR_BLOCK)
             _pair_kernel[(blocks, blocks)](
-                pairs, from_apex, *matrices, wide, weight, apexes, angle.float(), *totals, kept, keep, distance.float(),
+                pairs, from_apex, *matrices, wide, weight, apexes, angle_factor, *totals, kept, keep, distance_factor,
                 slope, n, chosen, BLOCK=PAIR_BLOCK, ANGLE=angle_weight != 0, DISTANCE=distance_weight != 0,
                 **OPTIONS["_pair_kernel"],
             )  # fmt: skip
             d = x_student.shape[1]
             if d > 0:
-                grid = (triton.cdiv(d, PULL_WIDTH), triton.cdiv(n, PULL_ROWS))  # x alone may have more than 65535
+                grid = (cdiv(d, PULL_WIDTH), cdiv(n, PULL_ROWS))  # x alone may have more than 65535
                 _pull_kernel[grid](
                     grad, pairs, x_student, n, d, ROWS=PULL_ROWS, WIDTH=PULL_WIDTH, **OPTIONS["_pull_kernel"]
                 )
+        loss = sum(losses[1:], start=losses[0]) if losses else torch.zeros_like(kept)
     return loss.float(), grad
+
+
+def _at_least_1(count: Tensor | float) -> Tensor | float:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+
+
+def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``value`` on the device: a number that the host knows is one launch there, and nothing to compute."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -458,7 +481,7 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """high, low and r of all pairs of rows."""
     n, d = x.shape
     high, low, r = (torch.empty(n, n, dtype=torch.float32, device=x.device) for _ in range(3))
-    blocks = triton.cdiv(n, DISTANCE_BLOCK)
+    blocks = cdiv(n, DISTANCE_BLOCK)
     transposed = x.t().contiguous()
     _distances_kernel[(blocks, blocks)](
         high, low, r, transposed, n, d, BLOCK=DISTANCE_BLOCK, **OPTIONS["_distances_kernel"]

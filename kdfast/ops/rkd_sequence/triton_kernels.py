@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.ops.sizes import cdiv, next_power_of_2
+
 SMALLEST_NORM = tl.constexpr(1e-12)
 
 
@@ -95,7 +97,7 @@ OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 def block(d: int) -> int:
     """Features that a program takes at a time: one to four a thread."""
-    return min(max(triton.next_power_of_2(d), 32 * WARPS), 512)
+    return min(max(next_power_of_2(d), 32 * WARPS), 512)
 
 
 def rkd_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_grad: bool) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ def rkd_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gr
     if student.dtype == torch.float64:
         raise TypeError("kdfast's Triton kernels take float16, bfloat16 or float32, got float64")
     n, length, d = student.shape
-    grad = torch.zeros(student.shape if needs_grad else (0,), dtype=torch.float32, device=student.device)
+    grad = torch.empty(student.shape if needs_grad else (0,), dtype=torch.float32, device=student.device)
     if n == 0:
         return grad.new_zeros(()), grad
     student, teacher = student.contiguous(), teacher.contiguous()
@@ -113,16 +115,19 @@ def rkd_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gr
     with torch.cuda.device_of(student):
         of_student, of_teacher = (_turns(x, counts) for x in (student, teacher))
         # A number for each position from here on: the features are read and written by kernels alone.
-        (theta, apart, along), (target, _, _) = (_turn(*of) for of in (of_student, of_teacher))
+        (theta, still, p, q), (target, *_) = (_angle(*of) for of in (of_student, of_teacher))
         off = torch.where(counts, theta - target, 0.0)
         count = counts.sum().clamp(min=1)
         loss = off.square().sum(dtype=torch.float64) / count
         if needs_grad and d > 0:
-            slope = 2 * off / count
-            norm_u, norm_v = (norm.clamp(min=SMALLEST_NORM.value) for norm in of_student[:2])
+            norm_u, norm_v, apart, along = of_student
+            slope, total = 2 * off / count, apart + along
+            # a and b of csrc/math/turn.h
+            a, b = ((2 * y / (x * total)).masked_fill_(still | (x == 0), 0.0) for x, y in ((p, q), (q, p)))
+            norm_u, norm_v = (norm.clamp(min=SMALLEST_NORM.value) for norm in (norm_u, norm_v))
             width = block(d)
-            _turn_gradient_kernel[(n * length, triton.cdiv(d, width))](
-                grad, student, norm_u, norm_v, slope * apart, slope * along, counts.view(torch.uint8), d,
+            _turn_gradient_kernel[(n * length, cdiv(d, width))](
+                grad, student, norm_u, norm_v, slope * a, slope * b, counts.view(torch.uint8), d,
                 WIDTH=width, **OPTIONS,
             )  # fmt: skip
     return loss.float(), grad
@@ -139,10 +144,9 @@ def _turns(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return norm_u, norm_v, apart, along
 
 
-def _turn(norm_u: Tensor, norm_v: Tensor, apart: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The angle, and a and b of csrc/math/turn.h; a right angle with zero gradient where a step is 0."""
-    p, q, total = apart.sqrt(), along.sqrt(), apart + along
+def _angle(norm_u: Tensor, norm_v: Tensor, apart: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The angle, a right one where a step is 0; where that is so; |u/|u| - v/|v|| and |u/|u| + v/|v||."""
+    p, q = apart.sqrt(), along.sqrt()
     still = (norm_u == 0) | (norm_v == 0)
-    theta = torch.where(still, math.pi / 2, 2 * torch.atan2(p, q))
-    a, b = (torch.where(still | (x == 0), 0.0, 2 * y / (x * total)) for x, y in ((p, q), (q, p)))
-    return theta, a, b
+    # A number in torch.where would be a launch of its own.
+    return (2 * torch.atan2(p, q)).masked_fill_(still, math.pi / 2), still, p, q
