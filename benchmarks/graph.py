@@ -81,9 +81,9 @@ def kdfast_values(features: Tensor) -> Tensor:
     return kdfast.similarity_graph(features, K).values
 
 
-def by_cuda(features: Tensor) -> Tensor:
-    """The selection from tiles of cuBLAS in place of Triton's."""
-    with kdfast.backends.use(kdfast.backends.CUDA):
+def forced(backend: str, features: Tensor) -> Tensor:
+    """By the kernels of ``backend``, whichever are the default."""
+    with kdfast.backends.use(backend):
         return kdfast_values(features)
 
 
@@ -134,7 +134,8 @@ def graph_case(shape: tuple[int, int], options: Options) -> Case:
     inputs = {"features": draw(shape, 0, options)}
     candidates = {"kdfast": step(kdfast_values, inputs)}
     if kdfast.backends.can_run(kdfast.backends.CUDA, "graph", options.device.type)[0]:
-        candidates["kdfast, cuda"] = step(by_cuda, inputs)
+        for backend in (kdfast.backends.TRITON, kdfast.backends.CUDA):
+            candidates[f"kdfast, {backend}"] = step(partial(forced, backend), inputs)
     if shape[0] <= MATRIX_ROWS:
         candidates["eager"] = step(lambda features: eager_graph(features)[0], inputs)
         candidates["compiled"] = compiled(lambda features: eager_graph(features)[0], inputs)

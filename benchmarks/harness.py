@@ -48,6 +48,7 @@ BUDGET = 6.0  # seconds to measure a case, where its script has no other
 SAMPLE_SECONDS = 0.01  # a sample repeats a short step this long, so that what ran before it cools nothing it needs
 SLOW_SECONDS, SLOW_ROUNDS = 0.8, 2  # one call of a slow candidate takes that long or more: it is measured in few rounds
 PACKAGES = ("kdfast", "torch", "triton", "liger-kernel", "speculators", "fast-llm")  # whose versions matter
+UNMEASURED = (":!benchmarks/results", ":!README.md")  # files whose changes no measurement sees
 L2_FLUSH_BYTES = 256 * 2**20  # larger than the cache of any GPU
 
 
@@ -270,10 +271,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions and commit: everything needed to read the numbers later."""
     cuda = device.type == "cuda"
     thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    named = os.environ.get("KDFAST_COMMIT")  # of a copy, whose git knows another or none
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("KDFAST_COMMIT"),
-        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
+        "commit": named or _output("git", "rev-parse", "--short", "HEAD"),
+        "dirty": named is None and bool(_output("git", "status", "--porcelain", "--", ".", *UNMEASURED)),
         "device": device.type,
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -208,7 +208,7 @@ def test_distances_that_rounding_may_have_hidden_are_counted_as_too_many(k):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 10**6), (128, 70000), (1100, 1100), (65536, 65536), (10**6, 40)])
-def test_tiles_cover_the_matrix_evenly_and_fit_in_l2(shape):
+def test_tiles_cover_the_matrix_evenly(shape):
     pytest.importorskip("triton")
     from kdfast.ops.graph import select as launcher
 
@@ -230,18 +230,44 @@ def test_products_are_asked_for_in_float32(dtype):
     launcher.product(rows, columns.T, torch.empty(4, 8, device="meta"))
 
 
-def test_it_runs_where_it_is_forced_alone_and_the_loss_on_edges_stays_triton_s(monkeypatch):
+def test_it_runs_where_it_is_forced_and_the_loss_on_edges_stays_triton_s(monkeypatch):
     pytest.importorskip("triton")
     from kdfast.ops.graph import select as launcher
     from kdfast.ops.graph import triton_kernels
 
     for name in ("graph", "graph_backward", "graph_kl"):
-        monkeypatch.setattr(triton_kernels, name, lambda: "triton")
-    monkeypatch.setattr(launcher, "graph", lambda: "cuda")
-    assert graph_ops._graph_cuda() == "triton"
+        monkeypatch.setattr(triton_kernels, name, lambda *arguments: "triton")
+    monkeypatch.setattr(launcher, "graph", lambda *arguments: "cuda")
+    arguments = torch.empty(2**14, 0, dtype=torch.bfloat16), None, None, 20, METRICS["cosine"]
+    assert graph_ops._graph_cuda(*arguments) == "triton"
     monkeypatch.setattr(backends, "_missing_cuda", None)
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, is_cpu=False)
     with backends.use("cuda"):
         assert backends.has_kernel("graph", on_a_gpu)
-        assert graph_ops._graph_cuda() == "cuda"
+        assert graph_ops._graph_cuda(*arguments) == "cuda"
         assert graph_ops._graph_backward_cuda() == graph_ops._graph_kl_cuda() == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert graph_ops._graph_cuda(*arguments) == "cuda"
+    with backends.use("triton"):
+        assert graph_ops._graph_cuda(*arguments) == "triton"
+
+
+def test_it_takes_from_triton_what_it_was_measured_to_be_faster_at(monkeypatch):
+    pytest.importorskip("triton")
+    from kdfast.ops.graph import select as launcher
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_missing_cuda", None)
+
+    def wins(n: int, k: int, *, m: int | None = None, dtype=torch.bfloat16, metric: str = "cosine") -> bool:
+        keys = None if m is None else torch.empty(m, 0, dtype=dtype)
+        return launcher.wins(torch.empty(n, 0, dtype=dtype), keys, k, METRICS[metric])
+
+    assert wins(2**14, 20) and wins(2**14, 64, metric="dot") and wins(2**10, 20, m=2**18)
+    assert wins(2**13, 65) and wins(2**13, 128, dtype=torch.float32)
+    assert not wins(2**14 - 1, 20) and not wins(2**13 - 1, 128)
+    assert not wins(2**14, 20, dtype=torch.float32) and not wins(2**14, 20, metric="euclidean")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not wins(2**14, 20)  # not measured there
+    monkeypatch.setattr(backends, "_missing_cuda", "not built")
+    assert not wins(2**14, 20)

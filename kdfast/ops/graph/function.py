@@ -46,10 +46,14 @@ define(
 )
 
 
-def _graph_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _graph_cuda(
+    features: Tensor, keys: Tensor | None, labels: Tensor | None, k: int, metric: int, *options: Any
+) -> tuple[Tensor, Tensor]:
     from kdfast.ops.graph import select, triton_kernels  # need triton, which a machine without a GPU may lack
 
-    return (select if backends.is_forced(backends.CUDA) else triton_kernels).graph(*arguments)
+    wins = backends.is_forced(backends.AUTO) and select.wins(features, keys, k, metric)
+    launchers = select if wins or backends.is_forced(backends.CUDA) else triton_kernels
+    return launchers.graph(features, keys, labels, k, metric, *options)
 
 
 def _graph_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Launcher of ``torch.ops.kdfast.graph_select``: the selection from tiles of the product, which cuBLAS makes.
 
 A tile is read before the next one takes its place: the matrix is never stored. All products have one shape, for which
-cuBLAS sums in one order, so that equal rows have equal similarities in whichever tile they are. Runs where
-``kdfast.backends.use('cuda')`` asks for it.
+cuBLAS sums in one order, so that equal rows have equal similarities in whichever tile they are. Runs what it was
+measured to be faster at than Triton (``wins``), and where ``kdfast.backends.use('cuda')`` asks for it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import backends
 from kdfast.ops.graph import triton_kernels
-from kdfast.ops.graph.function import METRICS
+from kdfast.ops.graph.function import MAX_K, METRICS
 
+# (neighbours up to, pairs from which) it was faster on an H100. Few neighbours: of half types alone, since the product
+# of float32 is nearly all the time that either takes.
+FASTER = ((64, 2**28), (128, 2**26))
 # Products of a tile in float32, 64 MiB: of 32 MiB, which an H100's L2 would hold, the two launches of a tile took
 # longer, 0.1 ms, than its work.
 TILE = 2**24
 ROWS = 4096  # a warp each, 31 on an SM; fewer where there are fewer
 COLUMNS = 2**16  # of a tile of few rows, at most
 ALIGNED = 16  # columns of a tile are a multiple of it, for cuBLAS and for reads of 16 bytes
+
+
+def wins(features: Tensor, keys: Tensor | None, k: int, metric: int) -> bool:
+    """Whether it is faster here than Triton, as was measured on an H100."""
+    pairs = features.shape[0] * (features if keys is None else keys).shape[0]
+    most, fewest = next(line for line in FASTER if k <= line[0])
+    return (
+        pairs >= fewest
+        and metric != METRICS["euclidean"]  # not measured
+        and (most == MAX_K or features.dtype != torch.float32)
+        and backends.can_run(backends.CUDA, "graph", "cuda", features.dtype)[0]
+        and torch.cuda.get_device_capability(features.device) == (9, 0)
+    )
 
 
 def graph(

@@ -354,7 +354,7 @@ class Tiling(NamedTuple):
 
 
 # Of ten for half types and seven for float32 the fastest on an H100 at N = 16384, D = 512 and N = 8192, D = 128. On the
-# ordinary units float32 takes 4 to 7 times as long as three products of TF32, and longer than storing the matrix.
+# ordinary units float32 takes several times as long as three products of TF32, and longer than storing the matrix.
 TILINGS = {
     "half": Tiling(128, 64, 64, 8, 3, "ieee"),
     "tf32": Tiling(128, 64, 32, 8, 3, "tf32"),

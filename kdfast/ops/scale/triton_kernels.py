@@ -11,7 +11,7 @@ from kdfast.ops.sizes import cdiv
 
 
 # Reads 4 bytes and ends where the factor is 1. Else reads and writes every element once, and the product is rounded
-# once: PyTorch's grad.mul_(factor) rounds the factor to bfloat16 first, and moves a third as many bytes a second.
+# once: PyTorch's grad.mul_(factor) rounds the factor to bfloat16 first, and loads single elements.
 @triton.jit(do_not_specialize=["rows", "width"])
 def _scale_kernel(
     grad_ptr, grad_split, grad_outer, grad_inner,  # row r: (r // split) * outer + (r % split) * inner
