@@ -92,6 +92,32 @@ def assert_reference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
 OPTIONS = {torch.float32: "keys", torch.bfloat16: "rows", torch.float16: "include_self"}
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_limits_are_lower_by_what_products_may_be_off(metric, exact):
+    """What k columns reach and what is above it may each be off by ``error`` of |x| |y|; here nothing is."""
+    bins, squares, largest = integers(3, 16).sort(dim=1, descending=True).values, torch.tensor([4.0, 0.0, 9.0]), 25.0
+    limits, k, error = torch.empty(3), 5, 0.125
+    triton_kernels._limits_kernel[(3,)](
+        bins, limits, squares, torch.tensor(largest) if exact and metric == "dot" else None, k, error,
+        METRIC=METRICS[metric], EXACT=exact, BINS=16,
+    )  # fmt: skip
+    size = (squares * largest).sqrt() if metric == "dot" else 1.0
+    torch.testing.assert_close(limits, bins[:, k - 1] - (2 * error * size if exact else 0.0))
+
+
+def test_what_is_found_is_computed_anew_from_float32(monkeypatch):
+    """Keys of float32 products come from parts of TF32 on a GPU; here they are made wrong."""
+    x, made = normal(N, WIDTH), triton_kernels.finish
+    expected = reference.similarity_graph(x.double(), 7, metric="dot")
+
+    def finish(x, y, a, b, labels, counts, found, *rest):
+        made(x, y, a, b, labels, counts, found ^ (1 << 40), *rest)  # another bit of each value
+
+    monkeypatch.setattr(triton_kernels, "finish", finish)
+    assert_reference(launch(monkeypatch, "tiles", x, 7, "dot"), expected)
+
+
 @path
 @metric
 def test_neighbours_are_the_reference_s(monkeypatch, path, metric):
