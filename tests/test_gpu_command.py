@@ -178,7 +178,7 @@ def test_a_benchmark_out_of_time_keeps_what_it_measured_and_the_next_one_runs(tm
     monkeypatch.setattr(gpu, "count_cases", lambda name: 1)
     run, record = run_of(tmp_path / "results"), {}
     run.save()
-    gpu.benchmarks(run, record, 6)
+    gpu.benchmarks(run, record, 9)
     assert {name: record[name]["status"] for name in ("slow", "wrong", "quick")} == {
         "slow": gpu.TIMED_OUT,
         "wrong": gpu.FAILED,
