@@ -120,8 +120,8 @@ def test_what_is_found_is_computed_anew_from_float32(monkeypatch):
 
 @path
 @metric
-def test_neighbours_are_the_reference_s(monkeypatch, path, metric):
-    dtype = list(OPTIONS)[(list(PATHS).index(path) + METRICS[metric]) % 3]
+@pytest.mark.parametrize("dtype", OPTIONS, ids=str)
+def test_neighbours_are_the_reference_s(monkeypatch, path, metric, dtype):
     x, keys = normal(N, WIDTH).to(dtype), normal(40, WIDTH, seed=1).to(dtype)
     options = {"keys": {"keys": keys}, "rows": {}, "include_self": {"include_self": True}}[OPTIONS[dtype]]
     wide = {n: v.double() if n == "keys" else v for n, v in options.items()}

@@ -72,8 +72,8 @@ def wins(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: int, ce_
     return (
         student.shape[-1] >= LONG.get(student.element_size(), 2**63)
         and student.shape[-1] * student.element_size() <= LONGEST
-        and problem(student, labels, kind, ce_weight) is None
         and backends.can_run(backends.CUDA, "kl", "cuda", student.dtype)[0]
+        and problem(student, labels, kind, ce_weight) is None
         and torch.cuda.get_device_capability(student.device) == (9, 0)
         and in_place(student) is not None
         and in_place(teacher) is not None

@@ -22,9 +22,9 @@ def _scale_kernel(
         tiles = tl.cdiv(width, BLOCK).to(tl.int64)  # of a row; there may be more than 2^31 elements
         for tile in range(tl.program_id(0).to(tl.int64), rows * tiles, tl.num_programs(0)):
             row, start = tile // tiles, (tile % tiles) * BLOCK
-            columns = start + tl.arange(0, BLOCK)
+            columns, end = start + tl.arange(0, BLOCK), start + BLOCK
             at = grad_ptr + (row // grad_split) * grad_outer + (row % grad_split) * grad_inner + columns
-            if start + BLOCK <= width:  # without a mask, loads are vectors whatever the width
+            if end <= width:  # without a mask, loads are vectors whatever the width
                 tl.store(at, tl.load(at).to(tl.float32) * factor)
             else:
                 tl.store(at, tl.load(at, mask=columns < width).to(tl.float32) * factor, mask=columns < width)
