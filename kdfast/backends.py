@@ -43,6 +43,8 @@ BY_NAME: dict[str, tuple[str, ...]] = {
     "graph": (CUDA,),  # the selection from tiles of cuBLAS
 }
 
+MEASURED = (9, 0)  # compute capability of the GPU that their measurements are of, an H100
+
 try:
     import kdfast._C  # noqa: F401  (registers torch.ops.kdfast)
 
@@ -88,6 +90,14 @@ def use(name: str) -> Iterator[None]:
 def is_forced(backend: str) -> bool:
     """Whether ``backend`` was asked for by name; 'auto': whether none was."""
     return _forced == backend
+
+
+def prefers_cuda(op: str, tensor: Tensor, faster: bool) -> bool:
+    """Whether ``op``'s kernel in CUDA C++ runs on ``tensor``: where it is asked for, or measured to be ``faster``."""
+    if not is_forced(AUTO):
+        return is_forced(CUDA)
+    able = faster and can_run(CUDA, op, "cuda", tensor.dtype)[0]
+    return able and torch.cuda.get_device_capability(tensor.device) == MEASURED
 
 
 def on_gpu(tensor: Tensor) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import backends
 from kdfast.ops.scale import scale_
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
@@ -96,9 +95,7 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (grad * factor).to(grad.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        if not backends.on_gpu(grad):
-            return (grad * factor).to(grad.dtype)
-        grad = grad.clone()  # scale_ is more exact there than PyTorch's product, and every backward gives the same
+        grad = grad.clone()
     return scale_(grad, factor)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,31 @@ def step(name: str, arguments: dict[str, Any]) -> Step:
         return value.detach(), *torch.autograd.grad(value.masked_fill(value.isinf(), 0.0).sum(), leaves)
 
     return run
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Nothing inside may wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(run: Step) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """``run`` as a graph, and the tensors that a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
 
 
 def kernel_functions() -> dict[str, str]:

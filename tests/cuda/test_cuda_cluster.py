@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_support import arguments_of, assert_same_bits, step
+from cuda_support import arguments_of, assert_same_bits, captured, step, waiting_is_an_error
 
 from kdfast import backends
 from support import assert_parity, sample_inputs
@@ -40,26 +40,15 @@ def test_any_layout_in_memory(layout):
 def test_two_runs_give_the_same_bits_and_nothing_waits():
     run = step("kl_divergence", arguments_of("kl_divergence", torch.bfloat16, leading=(300,), width=128256))
     first = run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         second = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_same_bits(first, second)
 
 
 def test_a_captured_graph_replays():
     run = step("kl_divergence", arguments_of("kl_divergence", torch.bfloat16, leading=(4,), width=32000))
     expected = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = captured(run)
     graph.replay()
     torch.cuda.synchronize()
     assert_same_bits(results, expected)

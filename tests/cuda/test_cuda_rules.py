@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cuda_support import arguments_of, assert_same_bits, kernel_functions, step
+from cuda_support import arguments_of, assert_same_bits, captured, kernel_functions, step, waiting_is_an_error
 
 import kdfast
 from samples import NAMES, SAMPLES
@@ -31,22 +31,14 @@ def test_a_cuda_tensor_takes_the_kernel(name):
 def test_nothing_waits_for_the_device(name):
     run = step(name, arguments_of(name, seed=1))
     run()  # compiles, and loads what is loaded once
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_waiting_for_the_device_would_be_noticed():
     x = torch.ones(3, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchroniz"):
-            x.sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+        x.sum().item()
 
 
 @every_name
@@ -66,15 +58,7 @@ def test_a_captured_graph_replays_on_new_inputs(name):
                 value.copy_(torch.randn(value.shape, generator=generator))
     expected = step(name, fresh)()
     run = step(name, arguments)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = captured(run)
     with torch.no_grad():
         for key, value in arguments.items():
             if is_differentiable(key, value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import configurations
 import pytest
 import torch
-from cuda_support import arguments_of, assert_same_bits, step
+from cuda_support import arguments_of, assert_same_bits, captured, step, waiting_is_an_error
 
 import kdfast
 from kdfast import backends, reference
@@ -106,26 +106,15 @@ def test_two_runs_give_the_same_bits_and_nothing_waits(metric):
     arguments = arguments_of("similarity_graph", torch.bfloat16, leading=(9000,), width=128, metric=metric, k=20)
     run = step("similarity_graph", arguments)
     first = run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         second = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_same_bits(first, second)
 
 
 def test_a_captured_graph_replays():
     run = step("similarity_graph", arguments_of("similarity_graph", torch.bfloat16, leading=(5000,), width=64, k=20))
     expected = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = captured(run)
     graph.replay()
     torch.cuda.synchronize()
     assert_same_bits(results, expected)

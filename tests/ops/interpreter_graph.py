@@ -79,9 +79,7 @@ def launch(monkeypatch, path, x, k, metric, *, keys=None, labels=None, include_s
         for name, value in {"TILE": 128, "ROWS": 8, "COLUMNS": 16, "product": product}.items():
             monkeypatch.setattr(select, name, value)
     with np.errstate(all="ignore"):
-        return (select if path == "select" else triton_kernels).graph(
-            x, keys, labels, k, METRICS[metric], include_self, ieee
-        )
+        return launcher.graph(x, keys, labels, k, METRICS[metric], include_self, ieee)
 
 
 def assert_reference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

@@ -51,8 +51,8 @@ def _graph_cuda(
 ) -> tuple[Tensor, Tensor]:
     from kdfast.ops.graph import select, triton_kernels  # need triton, which a machine without a GPU may lack
 
-    wins = backends.is_forced(backends.AUTO) and select.wins(features, keys, k, metric)
-    launchers = select if wins or backends.is_forced(backends.CUDA) else triton_kernels
+    faster = select.is_faster(features, keys, k, metric)
+    launchers = select if backends.prefers_cuda("graph", features, faster) else triton_kernels
     return launchers.graph(features, keys, labels, k, metric, *options)
 
 
@@ -73,17 +73,19 @@ LIBRARY.impl("graph_backward", _graph_backward_cuda, "CUDA")
 LIBRARY.impl("graph_kl", _graph_kl_cuda, "CUDA")
 
 
-def _values_like(features: Tensor, k: int) -> Tensor:
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return features.new_empty((features.shape[0], k), dtype=dtype)
+def empty_graph(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of k neighbours a row, to be written."""
+    values = features.new_empty(
+        (features.shape[0], k), dtype=torch.float64 if features.dtype == torch.float64 else torch.float32
+    )
+    return values, values.new_empty(values.shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("kdfast::graph", lib=LIBRARY)
 def _graph_fake(
     features: Tensor, keys: Tensor | None, labels: Tensor | None, k: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    values = _values_like(features, k)
-    return values, values.new_empty(values.shape, dtype=torch.int64)
+    return empty_graph(features, k)
 
 
 @torch.library.register_fake("kdfast::graph_backward", lib=LIBRARY)

@@ -2,7 +2,7 @@
 
 A tile is read before the next one takes its place: the matrix is never stored. All products have one shape, for which
 cuBLAS sums in one order, so that equal rows have equal similarities in whichever tile they are. Runs what it was
-measured to be faster at than Triton (``wins``), and where ``kdfast.backends.use('cuda')`` asks for it.
+measured to be faster at than Triton (``is_faster``), and where ``kdfast.backends.use('cuda')`` asks for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import backends
 from kdfast.ops.graph import triton_kernels
-from kdfast.ops.graph.function import MAX_K, METRICS
+from kdfast.ops.graph.function import MAX_K, METRICS, empty_graph
 
 # (neighbours up to, pairs from which) it was faster on an H100. Few neighbours: of half types alone, since the product
 # of float32 is nearly all the time that either takes.
@@ -29,16 +28,14 @@ COLUMNS = 2**16  # of a tile of few rows, at most
 ALIGNED = 16  # columns of a tile are a multiple of it, for cuBLAS and for reads of 16 bytes
 
 
-def wins(features: Tensor, keys: Tensor | None, k: int, metric: int) -> bool:
-    """Whether it is faster here than Triton, as was measured on an H100."""
+def is_faster(features: Tensor, keys: Tensor | None, k: int, metric: int) -> bool:
+    """Whether it was measured to be faster than Triton at such sizes."""
     pairs = features.shape[0] * (features if keys is None else keys).shape[0]
     most, fewest = next(line for line in FASTER if k <= line[0])
     return (
         pairs >= fewest
         and metric != METRICS["euclidean"]  # not measured
         and (most == MAX_K or features.dtype != torch.float32)
-        and backends.can_run(backends.CUDA, "graph", "cuda", features.dtype)[0]
-        and torch.cuda.get_device_capability(features.device) == (9, 0)
     )
 
 
@@ -55,8 +52,7 @@ def graph(
     x = features.contiguous()
     y = x if keys is None else keys.contiguous()
     n, m, width = x.shape[0], y.shape[0], x.shape[1]
-    values = torch.empty(n, k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    values, indices = empty_graph(features, k)
     if n == 0:
         return values, indices
     itself = include_self or keys is not None

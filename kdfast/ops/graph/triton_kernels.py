@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
+from kdfast.ops.graph.function import empty_graph
 
 COSINE = tl.constexpr(0)
 DOT = tl.constexpr(1)
@@ -425,8 +426,7 @@ def graph(
     x = features.contiguous()
     y = x if keys is None else keys.contiguous()
     n, m, width = x.shape[0], y.shape[0], x.shape[1]
-    values = torch.empty(n, k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    values, indices = empty_graph(features, k)
     if n == 0:
         return values, indices
     own, nvidia = include_self or keys is not None, backends.on_nvidia(x)

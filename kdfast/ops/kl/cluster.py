@@ -1,7 +1,7 @@
 """Launcher of ``torch.ops.kdfast.kl_cluster``: forward and reverse KL of long rows, each by a cluster of thread blocks.
 
-Runs what it was measured to be faster at than Triton (``wins``), and all it can where ``kdfast.backends.use('cuda')``
-asks for it; what it cannot run is an error then, not another kernel.
+Runs what it was measured to be faster at than Triton (``is_faster``), and all it can where
+``kdfast.backends.use('cuda')`` asks for it; what it cannot run is an error then, not another kernel.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.kl.function import KINDS
 
@@ -67,34 +66,32 @@ def kl_(
     return launch(rows, teacher, rows, mask, row_weight, temperature, kind, scale, reduction, student)
 
 
-def wins(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: int, ce_weight: float) -> bool:
-    """Whether a gradient is made faster here than by Triton, as was measured on an H100."""
+def is_faster(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: int, ce_weight: float) -> bool:
+    """Whether it was measured to make a gradient of such rows faster than Triton."""
     return (
         student.shape[-1] >= LONG.get(student.element_size(), 2**63)
         and student.shape[-1] * student.element_size() <= LONGEST
-        and backends.can_run(backends.CUDA, "kl", "cuda", student.dtype)[0]
-        and problem(student, labels, kind, ce_weight) is None
-        and torch.cuda.get_device_capability(student.device) == (9, 0)
+        and unfit(student, labels, kind, ce_weight) is None
         and in_place(student) is not None
         and in_place(teacher) is not None
     )
 
 
-def problem(student: Tensor, labels: Tensor | None, kind: int, ce_weight: float) -> str | None:
-    """Why it cannot run."""
+def unfit(student: Tensor, labels: Tensor | None, kind: int, ce_weight: float) -> str | None:
+    """Why it cannot run on these arguments, on any device."""
     if kind not in (KINDS["forward"], KINDS["reverse"]) or ce_weight != 0 or labels is not None:
         return "it computes forward and reverse KL, without labels"
     if student.shape[-1] * student.element_size() % BYTES != 0:
         return f"rows must be multiples of 16 bytes, these have {student.shape[-1]} classes of {student.dtype}"
-    if torch.cuda.get_device_capability(student.device)[0] < 9:
-        return "thread-block clusters need compute capability 9.0"
     return None
 
 
 def refuse(student: Tensor, labels: Tensor | None, kind: int, ce_weight: float) -> None:
-    reason = problem(student, labels, kind, ce_weight)
+    reason = unfit(student, labels, kind, ce_weight)
     if reason is not None:
         cannot_run(reason)
+    if torch.cuda.get_device_capability(student.device)[0] < 9:
+        cannot_run("thread-block clusters need compute capability 9.0")
 
 
 def cannot_run(reason: str) -> None:

@@ -55,9 +55,8 @@ def _launchers(student: Tensor, teacher: Tensor, labels: Tensor | None, *argumen
     from kdfast.ops.kl import cluster, triton_kernels  # need triton, which a machine without a GPU may lack
 
     _, _, _, kind, _, _, _, ce_weight, *_, needs_grad = arguments
-    automatic = backends.is_forced(backends.AUTO) and needs_grad
-    wins = automatic and cluster.wins(student, teacher, labels, kind, ce_weight)
-    return cluster if wins or backends.is_forced(backends.CUDA) else triton_kernels
+    faster = needs_grad and cluster.is_faster(student, teacher, labels, kind, ce_weight)
+    return cluster if backends.prefers_cuda("kl", student, faster) else triton_kernels
 
 
 LIBRARY.impl("kl", _kl_cuda, "CUDA")

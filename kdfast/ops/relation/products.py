@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from kdfast.ops.relation.rows import Float64, Rows, float64_panels, mean_of_pairs, panels, raw_rows, total
+from kdfast.ops.relation.rows import (
+    Float64,
+    Rows,
+    empty_gradient,
+    float64_panels,
+    mean_of_pairs,
+    panels,
+    raw_rows,
+    total,
+)
 from kdfast.reference.features import kernel_features, safe_ratio
 from kdfast.reference.geometry import gram
 
@@ -80,13 +89,12 @@ def similarity_preserving(student: Tensor, teacher: Tensor, needs_grad: bool) ->
     """``torch.ops.kdfast.similarity_preserving``."""
     with torch.autocast(student.device.type, enabled=False):
         s, t = raw_rows(student), raw_rows(teacher)
-        grad = torch.empty_like(s.x) if needs_grad else None
-        result = s.x.new_empty(0) if grad is None else grad.view(student.shape)
+        grad, result = empty_gradient(student, s.x, needs_grad)
         n = s.x.shape[0]
         if n == 0:
             return s.x.new_zeros(()), result
         cheaper = features_are_cheaper(n, s.x, t.x, products=(5, 5, 2), instead=(3, 1))
-        summed = (_by_features if cheaper else _by_rows)(s, t, grad)
+        summed = (_by_features if cheaper else _by_rows)(s, t, grad if needs_grad else None)
         return mean_of_pairs(summed, s.x), result
 
 

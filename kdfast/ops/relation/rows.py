@@ -121,6 +121,12 @@ def panels(n: int, rows: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + rows, n)
 
 
+def empty_gradient(student: Tensor, x: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """(N, D) like ``x`` to be written, and what the op returns: the same in the student's shape, or nothing."""
+    grad = x.new_empty(x.shape if needs_grad else 0)
+    return grad, grad.view(student.shape) if needs_grad else grad
+
+
 def total(shares: list[Tensor]) -> Tensor:
     """The sum of all elements of one or more tensors, in float64."""
     flat = [share.reshape(-1) for share in shares]

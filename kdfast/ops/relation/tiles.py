@@ -25,6 +25,7 @@ from kdfast.ops.relation import products
 from kdfast.ops.relation.rows import (
     Float64,
     Rows,
+    empty_gradient,
     float64_panels,
     into_raw_gradient,
     mean_of_pairs,
@@ -103,8 +104,7 @@ def crd(
     """``torch.ops.kdfast.crd``."""
     with torch.autocast(student.device.type, enabled=False):
         s, t = unit_rows(student, teacher, 1e-12) if normalize else (raw_rows(student), raw_rows(teacher))
-        grad = s.x.new_empty(s.x.shape if needs_grad else 0)
-        result = grad.view(student.shape) if needs_grad else grad
+        grad, result = empty_gradient(student, s.x, needs_grad)
         n = s.x.shape[0]
         if n == 0:
             return s.x.new_zeros(()), result
@@ -161,8 +161,7 @@ def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple
     """
     with torch.autocast(student.device.type, enabled=False):
         s, t = unit_rows(student, teacher, eps, add_eps=True)
-        grad = s.x.new_empty(s.x.shape if needs_grad else 0)
-        result = grad.view(student.shape) if needs_grad else grad
+        grad, result = empty_gradient(student, s.x, needs_grad)
         n = s.x.shape[0]
         if n == 0:
             return s.x.new_zeros(()), result
