@@ -16,13 +16,16 @@ KDFAST_INLINE int64_t block_length(int64_t classes, int64_t block) {
   return left < kBlock ? left : kBlock;
 }
 
-// Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
-template <class S> KDFAST_INLINE ComputeOf<S> block_max(const S* p, int64_t n) {
+// Largest of n values of either side; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
+template <Form form, class S> KDFAST_INLINE std::pair<ComputeOf<S>, ComputeOf<S>> block_max(const S* s, const S* t, int64_t n) {
   using C = ComputeOf<S>;
-  Vec<C> best = broadcast<C>(-kInfinity);
-  each_vector<C>(n, [&](int64_t i, auto extent) { best = max(read(extent, p, i, n, C(-kInfinity)), best); });
-  const C result = max_lanes<C>(best);
-  return result == -kInfinity ? C(0) : result;
+  Vec<C> best_s = broadcast<C>(-kInfinity), best_t = best_s;
+  each_vector<C>(n, [&](int64_t i, auto extent) {
+    best_s = max(read(extent, s, i, n, C(-kInfinity)), best_s);
+    if constexpr (form != Form::student) best_t = max(read(extent, t, i, n, C(-kInfinity)), best_t);
+  });
+  const C max_s = max_lanes<C>(best_s), max_t = form == Form::student ? C(0) : max_lanes<C>(best_t);
+  return {max_s == -kInfinity ? C(0) : max_s, max_t == -kInfinity ? C(0) : max_t};
 }
 
 // exp(x / T) to exp(x): by squaring where T is 1, 2 or 4, which is exact enough (x / T is) and cheaper.
@@ -38,7 +41,8 @@ template <Form form, class S, class N>
 KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, const N* next_t, int64_t n, const Row& row,
                                      ComputeOf<S>* keep_a, ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
   using C = ComputeOf<S>;
-  const C max_s = block_max(s, n), max_t = form == Form::student ? C(0) : block_max(t, n);
+  const auto maxima = block_max<form>(s, t, n);
+  const C max_s = maxima.first, max_t = maxima.second;
   // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
   const C inverse_s = C(row.inverse_student), factor_s = C(row.inverse_student * kLog2E);
   const C inverse_t = C(row.inverse_teacher), factor_t = C(row.inverse_teacher * kLog2E);
@@ -65,7 +69,7 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
       } else if constexpr (form == Form::js) {
         if (keep_c) write(extent, keep_c, i, n, difference);
       } else {
-        cross += e_t == C(0) ? Vec<C>{} : e_t * (y_t - y_s);
+        cross = e_t == C(0) ? cross : cross + e_t * (y_t - y_s);
       }
       if constexpr (form == Form::standardized) {
         student_x += e_s == C(0) ? Vec<C>{} : e_s * y_s;
