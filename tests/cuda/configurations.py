@@ -98,13 +98,23 @@ def features() -> list[Call]:
 
 def relation() -> list[Call]:
     """Several panels, whose last columns are no multiple of 16; the teacher's panels, products of features instead, and
-    no teacher at all.
+    no teacher at all. Whole rows wider than a block, and products of features.
     """
     return [
         Call("pkt_loss", (2701,), 64, {}),
         Call("crd_loss", (2701,), 64, {"normalize": True, "temperature": 0.5}),
         Call("crd_loss", (2701,), 4, {"normalize": True, "temperature": 0.5}),
         Call("crd_loss", (100,), 64, {"alignment_weight": 0.0}),
+        Call("pkt_loss", (100,), 300, {}),
+        *(
+            Call(name, (n,), width, options)
+            for n, width in ((100, 64), (1100, 48), (2701, 48))  # the sanitizers take the first
+            for name, options in (
+                ("similarity_preserving_loss", {}),
+                ("kernel_alignment_loss", {"centered": False}),
+                ("kernel_alignment_loss", {"centered": True}),
+            )
+        ),
     ]
 
 

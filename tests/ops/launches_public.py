@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton_support import TARGETS
 
 import kdfast
-from kdfast.ops.relation import products, tiles
+from kdfast.ops.autograd import apply
+from kdfast.ops.relation import alignment, function, products, tiles
 from kdfast.ops.scale import function as scale
 from samples import NAMES, SAMPLES
 from support import cast, first_output, is_differentiable, of_rows
@@ -109,33 +110,73 @@ def test_the_calls_of_the_gpu_tests_reach_every_line_of_the_tables(op):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is no view, memory or kernel alike."""
+    """Counts PyTorch's operations on values: no memory, no views, no questions about types."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        memory = "empty" in func.__name__
+        self.count += isinstance(result, (torch.Tensor, tuple)) and not (func.is_view or memory)
+        return result
+
+
+def kernels_of(function: Callable[..., Any], *arguments: Any) -> int:
+    """About how many a call of ``function`` launches."""
+    keys.clear()
+    with Operations() as operations:
+        function(*arguments)
+    return operations.count + len(keys)
 
 
 DRIVERS = {
     "crd": lambda x, y: tiles.crd(x, y, torch.zeros(len(x), dtype=torch.int64), 0.1, 1.0, True, True),
     "pkt": lambda x, y: tiles.pkt(x, y, 1e-7, True),
     "similarity_preserving": lambda x, y: products.similarity_preserving(x, y, True),
+    "kernel_alignment": lambda x, y: alignment.kernel_alignment(x, y, False, True),
 }
 
 
-# Of the widths the first is that of the products of features, the second that of whole rows.
+# Of the widths the first is that of the products of features, if they are not too few, the second that of whole rows.
 @pytest.mark.parametrize("width", [4, 400])
+@pytest.mark.parametrize("few", [0, 2048])
 @pytest.mark.parametrize("name", DRIVERS)
-def test_a_larger_batch_launches_no_more_until_its_panels_are_full(monkeypatch, name, width):
-    monkeypatch.setattr("kdfast.ops.relation.rows.STORED_BYTES", 2**40)  # of the CPU alone
-    counts = set()
-    for n in (300, 1000):
-        with Operations() as operations:
-            DRIVERS[name](torch.randn(n, width), torch.randn(n, width))
-        counts.add(operations.count)
-    assert len(counts) == 1 and counts.pop() < 60
+def test_a_larger_batch_launches_no_more_until_its_panels_are_full(monkeypatch, name, width, few):
+    monkeypatch.setattr(products, "FEW_ROWS", few)
+    counts = {kernels_of(DRIVERS[name], torch.randn(n, width), torch.randn(n, width)) for n in (300, 1000)}
+    assert len(counts) == 1 and counts.pop() < 50
+
+
+# Kernels of forward and backward: ours, at most, and the reference's, at least. docs/gpu.md shows them.
+SMALL_BATCHES: list[tuple[str, dict[str, Any], int, int]] = [
+    ("crd_loss", {}, 11, 40),
+    ("crd_loss", {"normalize": True}, 11, 68),
+    ("pkt_loss", {}, 17, 67),
+    ("similarity_preserving_loss", {}, 12, 45),
+    ("kernel_alignment_loss", {}, 16, 51),
+    ("kernel_alignment_loss", {"centered": True}, 28, 74),
+]
+
+
+@pytest.mark.parametrize("n", [112, 1024])
+@pytest.mark.parametrize(("name", "options", "most", "least"), SMALL_BATCHES)
+def test_a_small_batch_launches_less_than_half_of_what_the_reference_does(monkeypatch, name, options, most, least, n):
+    # What an op does is seen where its driver is called by name.
+    drivers = {
+        getattr(torch.ops.kdfast, driver.__name__).default: driver
+        for driver in (tiles.crd, tiles.pkt, products.similarity_preserving, alignment.kernel_alignment)
+    }
+    monkeypatch.setattr(
+        function, "apply", lambda autograd, student, op, *rest: apply(autograd, student, drivers[op], *rest)
+    )
+    student, teacher = torch.randn(n, 64).bfloat16().requires_grad_(), torch.randn(n, 64).bfloat16()
+    labels = {"labels": torch.zeros(n, dtype=torch.int64)} if name == "crd_loss" else {}
+
+    def both_ways(loss: Callable[..., torch.Tensor]) -> None:
+        torch.autograd.grad(loss(student, teacher, **labels, **options), student)
+
+    fused, plain = (kernels_of(both_ways, getattr(module, name)) for module in (kdfast, kdfast.reference))
+    assert fused <= most and plain >= least and 2 * fused < plain, (fused, plain)
 
 
 def test_launches_were_seen():

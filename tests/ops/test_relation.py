@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast import backends
-from kdfast.ops.relation import products, rows, tiles
+from kdfast.ops.relation import cpu_steps, products, rows, tiles
 from samples import SAMPLES
 from support import DTYPES, HALF, LAYOUTS, assert_parity
 
@@ -33,7 +33,7 @@ def form(request, monkeypatch) -> str:
 
 @pytest.fixture(params=["stored", "scaled later"])
 def unit(request, monkeypatch) -> str:
-    monkeypatch.setattr(rows, "STORED_BYTES", 2**40 if request.param == "stored" else 0)
+    monkeypatch.setattr(cpu_steps, "STORED_BYTES", 2**40 if request.param == "stored" else 0)
     return request.param
 
 
@@ -245,7 +245,7 @@ def test_two_runs_give_the_same_bits(name, threads, form):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_double_backward_is_refused(name):
     inputs = arguments(name, 6)
     student = inputs.pop("student").requires_grad_()
@@ -254,7 +254,7 @@ def test_double_backward_is_refused(name):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(name):
     """Without the scale most of these gradients are below the smallest float16."""
     inputs = {k: v.half() if v.is_floating_point() else v for k, v in arguments(name, 200).items()}
@@ -267,7 +267,7 @@ def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(name):
     torch.testing.assert_close(*grads, rtol=2e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_half_gradients_have_the_students_dtype_and_none_is_made_where_none_is_asked_for(name):
     inputs = arguments(name, 20)
     for dtype in HALF:
@@ -280,7 +280,7 @@ def test_half_gradients_have_the_students_dtype_and_none_is_made_where_none_is_a
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is counted on Linux")
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_memory_is_a_small_part_of_the_n_by_n_matrix(name):
     n = 8192
     assert peak_memory(name, n, 32) < 0.05 * 4 * n * n

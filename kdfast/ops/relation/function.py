@@ -1,4 +1,4 @@
-"""Schemas and fake kernels of ``torch.ops.kdfast.crd``, ``pkt`` and ``similarity_preserving``.
+"""Schemas and fake kernels of ``torch.ops.kdfast.crd``, ``pkt``, ``similarity_preserving`` and ``kernel_alignment``.
 
 Each returns the loss and its gradient for grad_output 1: the gradient is the size of the student, and what backward
 would need instead, the N x N similarities, is what no one wants to keep or compute twice. Forward and backward of the
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast.ops.autograd import ScalarLoss, apply, scalar_loss_like
 from kdfast.ops.library import LIBRARY, define
-from kdfast.ops.relation import products, tiles
+from kdfast.ops.relation import alignment, products, tiles
 
 define(
     "crd(Tensor student, Tensor teacher, Tensor labels, float temperature, float alignment_weight, bool normalize, "
@@ -23,9 +23,10 @@ define(
 )
 define("pkt(Tensor student, Tensor teacher, float eps, bool needs_grad) -> (Tensor, Tensor)")
 define("similarity_preserving(Tensor student, Tensor teacher, bool needs_grad) -> (Tensor, Tensor)")
+define("kernel_alignment(Tensor student, Tensor teacher, bool centered, bool needs_grad) -> (Tensor, Tensor)")
 
 # What turns a panel of similarities into the gradient's, and returns its share of the loss, one or more terms of a sum
-# in float64 (tiles.py).
+# in float64. On a CPU alone: triton_kernels.py is called without an op between (steps.py).
 _SIMILARITIES = "Tensor(a!) student, Tensor{} teacher, Tensor student_factor, Tensor teacher_factor"
 LIBRARY.define(
     f"crd_panel({_SIMILARITIES.format('?')}, Tensor labels, int first, float temperature, float weight, float scale) "
@@ -37,23 +38,12 @@ LIBRARY.define(
 )
 
 
-def _panel_on_cuda(name: str) -> Any:
-    def launch(*arguments: Any) -> Tensor:
-        from kdfast.ops.relation import triton_kernels  # needs triton, which a machine without a GPU may lack
-
-        return getattr(triton_kernels, name)(*arguments)
-
-    return launch
-
-
-for _name in ("crd_panel", "pkt_panel"):
-    LIBRARY.impl(_name, _panel_on_cuda(_name), "CUDA")
-
-# The drivers are matrix products and panels on either device.
+# The drivers are matrix products and what is between them on either device.
 for _name, _driver in (
     ("crd", tiles.crd),
     ("pkt", tiles.pkt),
     ("similarity_preserving", products.similarity_preserving),
+    ("kernel_alignment", alignment.kernel_alignment),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _driver, _key)
@@ -64,7 +54,7 @@ def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return loss, student.new_empty(student.shape if arguments[-1] else (0,), dtype=loss.dtype)
 
 
-for _name in ("crd", "pkt", "similarity_preserving"):
+for _name in ("crd", "pkt", "similarity_preserving", "kernel_alignment"):
     torch.library.register_fake(f"kdfast::{_name}", _fake, lib=LIBRARY)
 
 
@@ -84,3 +74,8 @@ def pkt(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """The loss of :func:`kdfast.similarity_preserving_loss`; arguments are already checked."""
     return apply(ScalarLoss, student, torch.ops.kdfast.similarity_preserving.default, (), teacher.detach())
+
+
+def kernel_alignment(student: Tensor, teacher: Tensor, centered: bool) -> Tensor:
+    """The loss of :func:`kdfast.kernel_alignment_loss`; arguments are already checked."""
+    return apply(ScalarLoss, student, torch.ops.kdfast.kernel_alignment.default, (centered,), teacher.detach())

@@ -9,27 +9,29 @@ seldom pays.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
+from kdfast import backends
 from kdfast.ops.relation.rows import (
+    EPS,
     Float64,
     Rows,
+    constant,
     empty_gradient,
     float64_panels,
+    inverse_norms,
     mean_of_pairs,
     panels,
     raw_rows,
     total,
 )
-from kdfast.reference.features import kernel_features, safe_ratio
-from kdfast.reference.geometry import gram
+from kdfast.ops.relation.steps import steps_for
 
-EPS = 1e-12  # of similarity_preserving's norms
 SEEN_AT_ONCE = 1024  # rows of a panel of similarity_preserving's whole rows
+# Rows up to which a GPU takes N x N similarities, at most 16 MiB: the host's launches are then most of the time, and
+# that form has fewer. By the count of launches and the time an H100 takes for the products; unmeasured.
+FEW_ROWS = 2048
 
 
 def double_cost(device: torch.device) -> float:
@@ -45,6 +47,8 @@ def features_are_cheaper(
     n: int, x: Tensor, y: Tensor, *, products: tuple[int, int, int], instead: tuple[float, float]
 ) -> bool:
     """Whether ``products`` of sizes N D^2, N D E and N E^2, in float64, cost less than ``instead``, N^2 D and N^2 E."""
+    if backends.on_gpu(x) and n <= FEW_ROWS:
+        return False
     d, e = x.shape[1], y.shape[1]
     by_features = products[0] * d * d + products[1] * d * e + products[2] * e * e
     return double_cost(x.device) * by_features < n * (instead[0] * d + instead[1] * e)
@@ -61,46 +65,30 @@ def feature_products(s: Float64, t: Float64) -> tuple[Tensor, Tensor, Tensor]:
     return ss, st, tt
 
 
-def kernel_alignment(student: Tensor, teacher: Tensor, centered: bool) -> Tensor:
-    """The loss of :func:`kdfast.kernel_alignment_loss`; arguments are already checked."""
-    s, t = kernel_features(student, centered), kernel_features(teacher.detach(), centered)
-    return 1 - kernel_cosine(s, t)
+def inner_products(ss: Tensor, st: Tensor, tt: Tensor) -> tuple[Tensor, ...]:
+    """``<K, L>``, ``|K|^2`` and ``|L|^2`` of the Gram matrices of both sides, from :func:`feature_products`."""
+    return tuple(torch.dot(product.view(-1), product.view(-1)) for product in (st, ss, tt))
 
 
-def kernel_cosine(x: Tensor, y: Tensor) -> Tensor:
-    """``<K_x, K_y> / (|K_x| |K_y|)`` of (N, D) and (N, E), K = x x^T, from whichever of the two forms is cheaper.
-
-    Plain PyTorch, which autograd differentiates: a handful of matrix products of one size are all the time it takes.
-    """
-    n, dtype = x.shape[0], x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        if features_are_cheaper(n, x, y, products=(2, 2, 1), instead=(2, 1)):
-            x, y = x.double(), y.double()
-            product = (x.mT @ y).square().sum()
-            norms = torch.linalg.norm(x.mT @ x) * torch.linalg.norm(y.mT @ y)
-        else:
-            K, L = gram(x), gram(y)
-            product = (K * L).sum()
-            norms = torch.linalg.norm(K) * torch.linalg.norm(L)
-        return safe_ratio(product, norms).to(dtype)
+def gradient_by_features(grad: Tensor, s: Float64, t: Float64, ss: Tensor, st: Tensor) -> None:
+    """``(k K + l L) x`` with respect to the student's given rows x to ``grad``; ss and st are multiplied by k and l."""
+    for first, last in float64_panels(s.rows, t.rows):
+        slope = s(first, last) @ ss
+        slope.addmm_(t(first, last), st.mT)
+        grad[first:last] = slope if s.rows.factor is None else slope.mul_(s.rows.factor[first:last, None])
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
     """``torch.ops.kdfast.similarity_preserving``."""
+    n = student.shape[0]
+    if n == 0:
+        return constant(0, student, needs_grad)
     with torch.autocast(student.device.type, enabled=False):
         s, t = raw_rows(student), raw_rows(teacher)
         grad, result = empty_gradient(student, s.x, needs_grad)
-        n = s.x.shape[0]
-        if n == 0:
-            return s.x.new_zeros(()), result
         cheaper = features_are_cheaper(n, s.x, t.x, products=(5, 5, 2), instead=(3, 1))
         summed = (_by_features if cheaper else _by_rows)(s, t, grad if needs_grad else None)
         return mean_of_pairs(summed, s.x), result
-
-
-def _inverse_norms(norms: Tensor) -> Tensor:
-    """``1 / max(norm, EPS)``, 0 for a norm of 0."""
-    return threshold(norms, 0, math.inf).clamp_(min=EPS).reciprocal_()
 
 
 def _by_features(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
@@ -122,7 +110,7 @@ def _by_features(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
         for w, product, out in ((u, ss, norms[0]), (v, tt, norms[1])):
             torch.sum((w @ product).mul_(w), dim=1, out=out)
         norms.clamp_(min=0).sqrt_()
-        inverse_r, inverse_q = inverse = _inverse_norms(norms)
+        inverse_r, inverse_q = inverse = inverse_norms(norms)
         torch.mul(inverse_r, inverse_q, out=h[first:last, 0])
         ab = (u @ st).mul_(v).sum(dim=1).mul_(h[first:last, 0])
         shares.append((norms * inverse).square_().sum(dim=0).sub_(ab, alpha=2))
@@ -146,24 +134,16 @@ def _by_features(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
 def _by_rows(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
     """N^2 times the loss from whole rows of similarities, a panel at a time.
 
-    Here D is more than a few percent of N, and matrix products are nearly all of the time: no kernel of its own.
+    Here D is more than a few percent of N, and matrix products are nearly all of the time, or all of it is launches.
     """
-    n = s.x.shape[0]
+    n, steps = s.x.shape[0], steps_for(s.x)
     factor, shares = 2 / n**2, []
     for first, last in panels(n, SEEN_AT_ONCE):
         a, b = (torch.mm(rows.x[first:last], rows.x.mT) for rows in (s, t))
-        norms = a.new_empty(2, last - first)
-        for G, out in ((a, norms[0]), (b, norms[1])):
-            torch.linalg.vector_norm(G, dim=1, out=out)
-        inverse_r, inverse_q = _inverse_norms(norms).unsqueeze(2)
-        a *= inverse_r
-        difference = torch.addcmul(a, b, inverse_q, value=-1, out=b)
-        distances = torch.linalg.vector_norm(difference, dim=1).double()
-        shares.append(torch.dot(distances, distances))
+        shares.append(steps.similarity_rows(a, b, grad is not None))
         if grad is None:
             continue
-        along = (difference * a).sum(dim=1).masked_fill_(norms[0] < EPS, 0.0)
-        slope = difference.addcmul_(a, along[:, None], value=-1).mul_(inverse_r)
+        slope = b
         if last - first == n:
             grad.addmm_(slope + slope.mT, s.x, beta=0, alpha=factor)
         else:

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
+from kdfast.ops.autograd import scalar_loss_like
 from kdfast.reference.geometry import flatten_rows
 
-# Unit rows of up to this size are stored. Larger ones are not: the kernels scale products of the given rows instead,
-STORED_BYTES = 2**20
-# provided that all norms are within these: products of two are then normal float32 numbers, with as much room again for
-# the elements of a row.
-MODERATE = (1e-12, 1e12)
+EPS = 1e-12  # of similarity_preserving's norms
 # Rows of a panel in float64: twice as many are a fifth faster, and take 7 % of an 8192 x 8192 matrix in place of 4 %.
 PANEL_ROWS = 256
 # A GPU takes as many more as this holds, mostly all there are: its time is launches.
@@ -29,7 +26,7 @@ class Rows(NamedTuple):
     x: Tensor
     factor: Tensor | None  # None: 1
     divisor: Tensor | None  # x is the given rows over this; None: it is they
-    radial: Tensor | None  # see into_raw_gradient; None: no norms
+    radial: Tensor | None  # see into_raw_gradient of either device; None: no norms, or no gradient is asked for
 
     def unit(self, first: int, last: int) -> Tensor:
         """Compared rows [first, last), in float64."""
@@ -59,60 +56,29 @@ def float64_panels(*sides: Rows) -> Iterator[tuple[int, int]]:
     return panels(x.shape[0], max(FLOAT64_BYTES[x.device.type] // max(8 * width, 1), PANEL_ROWS))
 
 
+class RowSums(NamedTuple):
+    """What pkt makes of the sums over j of k_ij = (1 + <u_i, u_j>) / 2."""
+
+    summed: Tensor  # (D) float64: sum_j u_j of the student
+    inverse: Tensor  # (N) float64: 1 / sum_j k_ij of the student
+    rounded: Tensor  # (2, N): the same of student and teacher, as the panels take it
+    excess: Tensor  # (N) float64: what the rounding adds to the sum over j of student's less teacher's probabilities
+    along: Tensor  # (N) float64: where panels add up w_ij c_ij
+
+
 def raw_rows(x: Tensor) -> Rows:
     """Rows that are compared as they are."""
-    return Rows(_given(x), None, None, None)
+    return Rows(given(x), None, None, None)
 
 
-def unit_rows(student: Tensor, teacher: Tensor, eps: float, *, add_eps: bool = False) -> tuple[Rows, Rows]:
-    """Rows over their norm, as :func:`kdfast.reference.geometry.unit_rows` defines it: zero rows stay 0.
-
-    What is 0 there is divided by infinity here, and both sides' norms are one tensor: a launch a step on a GPU.
-    """
-    s, t = _given(student), _given(teacher)
-    norms = s.new_empty(2, s.shape[0])
-    for x, out in zip((s, t), norms, strict=True):
-        torch.linalg.vector_norm(x, dim=1, out=out)
-    later = [_scaled_later(x, norm) for x, norm in zip((s, t), norms, strict=True)]
-    divisors = threshold(norms, 0, math.inf)
-    if add_eps:
-        radial = divisors
-        divisors = divisors + eps
-    else:
-        divisors.clamp_(min=eps)
-        radial = norms.masked_fill_(norms < eps, math.inf)  # a clamped norm is a constant
-    first, second = map(_over_norms, (s, t), divisors, radial, later)
-    return first, second
-
-
-def _given(x: Tensor) -> Tensor:
+def given(x: Tensor) -> Tensor:
+    """(N, …) as the drivers take it."""
     return flatten_rows(x.detach()).contiguous()
 
 
-def _scaled_later(x: Tensor, norms: Tensor) -> bool:
-    """Whether unit rows are not stored. Only the CPU can look at norms without waiting for the device."""
-    if norms.device.type != "cpu" or x.numel() * x.element_size() <= STORED_BYTES:
-        return False
-    smallest, largest = torch.where(norms == 0, 1.0, norms).aminmax()
-    return MODERATE[0] < float(smallest) and float(largest) < MODERATE[1]
-
-
-def _over_norms(x: Tensor, divisor: Tensor, radial: Tensor, later: bool) -> Rows:
-    if later:
-        return Rows(x, 1 / divisor, None, divisor * radial)
-    return Rows(x / divisor[:, None], None, divisor, radial)
-
-
-def into_raw_gradient(grad: Tensor, rows: Rows, panel: tuple[int, int]) -> None:
-    """Turns ``factor_i dL/du_i`` of a panel's rows, u = x * factor, into the gradient of the given rows, in place."""
-    if rows.radial is None:
-        return
-    first, last = panel
-    g, x = grad[first:last], rows.x[first:last]
-    along = (g * x).sum(dim=1).div_(rows.radial[first:last])
-    if rows.divisor is not None:
-        g.div_(rows.divisor[first:last, None])
-    g.addcmul_(x, along[:, None], value=-1)
+def inverse_norms(norms: Tensor) -> Tensor:
+    """``1 / max(norm, EPS)``, 0 for a norm of 0."""
+    return threshold(norms, 0, math.inf).clamp_(min=EPS).reciprocal_()
 
 
 def panels(n: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -125,6 +91,12 @@ def empty_gradient(student: Tensor, x: Tensor, needs_grad: bool) -> tuple[Tensor
     """(N, D) like ``x`` to be written, and what the op returns: the same in the student's shape, or nothing."""
     grad = x.new_empty(x.shape if needs_grad else 0)
     return grad, grad.view(student.shape) if needs_grad else grad
+
+
+def constant(value: float, student: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """What an op returns that has nothing to compare: a loss of ``value`` and a gradient of 0."""
+    loss = scalar_loss_like(student).fill_(value)
+    return loss, loss.new_zeros(student.shape if needs_grad else 0)
 
 
 def total(shares: list[Tensor]) -> Tensor:

@@ -16,23 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from kdfast.ops.relation import products
-from kdfast.ops.relation.rows import (
-    Float64,
-    Rows,
-    empty_gradient,
-    float64_panels,
-    into_raw_gradient,
-    mean_of_pairs,
-    raw_rows,
-    total,
-    unit_rows,
-)
+from kdfast.ops.relation.rows import Float64, Rows, constant, empty_gradient, mean_of_pairs, raw_rows, total
+from kdfast.ops.relation.steps import steps_for
 
 # Bytes of a panel: of a CPU so few that it stays in L3 between its two products; of a GPU so many that kernels take
 # longer than their launches, and two of them a fifth of an 8192 x 8192 matrix.
@@ -58,7 +48,7 @@ def similarity_panels(x: Tensor) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _aligned(columns: int, like: Tensor) -> int:
+def padded(columns: int, like: Tensor) -> int:
     multiple = ALIGNED[like.device.type]
     return -(-columns // multiple) * multiple
 
@@ -67,12 +57,12 @@ class _Buffer:
     """Memory of one panel, used for all of them."""
 
     def __init__(self, like: Tensor) -> None:
-        size = max((last - first) * _aligned(last, like) for first, last in similarity_panels(like))
+        size = max((last - first) * padded(last, like) for first, last in similarity_panels(like))
         self.memory = like.new_empty(size)
 
     def products(self, x: Tensor, first: int, last: int) -> Tensor:
         """``x[first:last] @ x[:last]^T``, rows next to each other but for what aligns them, which is 0."""
-        width = _aligned(last, x)
+        width = padded(last, x)
         out = self.memory[: (last - first) * width].view(last - first, width)
         if width > last:
             out[:, last:] = 0
@@ -87,11 +77,6 @@ def _add_gradient(grad: Tensor, G: Tensor, x: Tensor, first: int, last: int, beg
         grad[:first].addmm_(G[:, :first].mT, x[first:last])
 
 
-def _factors(s: Rows, t: Rows) -> tuple[Tensor, Tensor]:
-    ones = s.x.new_ones(s.x.shape[0]) if s.factor is None or t.factor is None else s.factor
-    return ones if s.factor is None else s.factor, ones if t.factor is None else t.factor
-
-
 def crd(
     student: Tensor,
     teacher: Tensor,
@@ -102,12 +87,13 @@ def crd(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.kdfast.crd``."""
+    n = student.shape[0]
+    if n == 0:
+        return constant(0, student, needs_grad)
     with torch.autocast(student.device.type, enabled=False):
-        s, t = unit_rows(student, teacher, 1e-12) if normalize else (raw_rows(student), raw_rows(teacher))
+        steps = steps_for(student)
+        s, t = steps.unit_rows(student, teacher, 1e-12) if normalize else (raw_rows(student), raw_rows(teacher))
         grad, result = empty_gradient(student, s.x, needs_grad)
-        n = s.x.shape[0]
-        if n == 0:
-            return s.x.new_zeros(()), result
         shares = []
         # The squared differences are inner products of Gram matrices: the teacher's tiles can be spared.
         by_features = alignment_weight > 0 and products.features_are_cheaper(
@@ -116,25 +102,15 @@ def crd(
         aligned = _alignment(s, t, temperature, alignment_weight, grad if needs_grad else None) if by_features else None
         student_panel = _Buffer(s.x)
         teacher_panel = None if by_features or alignment_weight == 0 else _Buffer(t.x)
-        factors = _factors(s, t)
         for first, last in similarity_panels(s.x):
             G = student_panel.products(s.x, first, last)
-            share = torch.ops.kdfast.crd_panel(
-                G,
-                None if teacher_panel is None else teacher_panel.products(t.x, first, last),
-                *factors,
-                labels,
-                first,
-                temperature,
-                alignment_weight,
-                2 / (temperature * n**2),
-            )
-            shares.append(share)
+            T = None if teacher_panel is None else teacher_panel.products(t.x, first, last)
+            scale = 2 / (temperature * n**2)
+            shares.append(steps.crd_panel(G, T, s, t, labels, first, temperature, alignment_weight, scale))
             if needs_grad:
                 _add_gradient(grad, G, s.x, first, last, begun=by_features)
         if needs_grad:
-            for panel in float64_panels(s):
-                into_raw_gradient(grad, s, panel)
+            steps.into_raw_gradient(grad, s)
         summed = total(shares)
         return mean_of_pairs(summed if aligned is None else summed + aligned, s.x), result
 
@@ -143,14 +119,11 @@ def _alignment(s: Rows, t: Rows, temperature: float, weight: float, grad: Tensor
     """The sum of ``weight * (s_ij - t_ij)^2``; its gradient is written to ``grad``."""
     students, teachers = Float64(s), Float64(t)
     ss, st, tt = products.feature_products(students, teachers)
-    inner_ss, inner_st, inner_tt = (torch.dot(product.view(-1), product.view(-1)) for product in (ss, st, tt))
+    inner_st, inner_ss, inner_tt = products.inner_products(ss, st, tt)
     if grad is not None:
         slope = 4 * weight / (temperature * s.x.shape[0]) ** 2
-        for first, last in float64_panels(s, t):
-            difference = teachers(first, last) @ st.mT
-            difference.addmm_(students(first, last), ss, beta=-slope, alpha=slope)
-            grad[first:last] = difference if s.factor is None else difference.mul_(s.factor[first:last, None])
-    return inner_ss.add_(inner_tt).sub_(inner_st, alpha=2).clamp_(min=0).mul_(weight / temperature**2)
+        products.gradient_by_features(grad, students, teachers, ss.mul_(slope), st.mul_(-slope))
+    return inner_ss.add(inner_tt).sub_(inner_st, alpha=2).clamp_(min=0).mul_(weight / temperature**2)
 
 
 def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple[Tensor, Tensor]:
@@ -159,58 +132,21 @@ def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple
     The sum of a row of k = (1 + cos) / 2 is (N + <u_i, sum_j u_j>) / 2, so the probabilities c = k / sum need no sweep
     of their own. Through that sum the gradient gets, beside G U, two terms of rank one: of ``along``, sum_j w_ij c_ij.
     """
+    n = student.shape[0]
+    if n == 0:
+        return constant(0, student, needs_grad)
     with torch.autocast(student.device.type, enabled=False):
-        s, t = unit_rows(student, teacher, eps, add_eps=True)
+        steps = steps_for(student)
+        s, t, sums = steps.pkt_rows(student, teacher, eps)
         grad, result = empty_gradient(student, s.x, needs_grad)
-        n = s.x.shape[0]
-        if n == 0:
-            return s.x.new_zeros(()), result
-        # Zeros behind the last row, so that the teacher's values too begin where a GPU can load 16 bytes.
-        row_sums, along = s.x.new_zeros(3, _aligned(n, s.x), dtype=torch.float64).split([2, 1])
-        sum_s = _sum_of_rows(s, row_sums[0, :n])
-        _sum_of_rows(t, row_sums[1, :n])
-        inverse = row_sums.add_(n).reciprocal_().mul_(2)
-        rounded = inverse.to(s.x.dtype)
-        along = along[0, :n]
-        student_panel, teacher_panel = _Buffer(s.x), _Buffer(t.x)
-        factors, slope, shares = _factors(s, t), 0.5 / n**2, []
+        student_panel, teacher_panel, slope, shares = _Buffer(s.x), _Buffer(t.x), 0.5 / n**2, []
         for first, last in similarity_panels(s.x):
             G = student_panel.products(s.x, first, last)
-            share = torch.ops.kdfast.pkt_panel(
-                G,
-                teacher_panel.products(t.x, first, last),
-                *factors,
-                rounded[0, :n],
-                rounded[1, :n],
-                along,
-                first,
-                eps,
-                slope,
-            )
-            shares.append(share)
+            T = teacher_panel.products(t.x, first, last)
+            shares.append(steps.pkt_panel(G, T, s, t, sums, first, eps, slope))
             if needs_grad:
                 _add_gradient(grad, G, s.x, first, last, begun=False)
-        del G, student_panel, teacher_panel  # a GPU's rows in float64 find room there
         if needs_grad:
-            share = along.mul_(inverse[0, :n])  # the sum of row i answers for this much of each of its k
-            weighted = torch.empty_like(sum_s)
-            for first, last in float64_panels(s):
-                weighted.addmv_(s.unit(first, last).mT, share[first:last], beta=int(first > 0))
-            for first, last in float64_panels(s):
-                through_sums = torch.addr(weighted, share[first:last], sum_s, beta=slope, alpha=slope)
-                if s.factor is not None:
-                    through_sums *= s.factor[first:last, None]
-                grad[first:last].sub_(through_sums)
-                into_raw_gradient(grad, s, (first, last))
+            steps.into_raw_gradient(grad, s, sums, slope)
         # The rounded factors leave rows that do not sum to 1, which is not small where student and teacher are close.
-        ratio = rounded / inverse  # of what is behind the last row: the same on both sides
-        return mean_of_pairs(total(shares).sub_((ratio[1] - ratio[0]).sum()), s.x), result
-
-
-def _sum_of_rows(rows: Rows, out: Tensor) -> Tensor:
-    """``sum_j u_j``, and ``<u_i, sum_j u_j>`` to ``out``, in float64."""
-    units = Float64(rows)
-    summed = reduce(torch.add, (units(first, last).sum(dim=0) for first, last in float64_panels(rows)))
-    for first, last in float64_panels(rows):
-        torch.mv(units(first, last), summed, out=out[first:last])
-    return summed
+        return mean_of_pairs(total([*shares, sums.excess]), s.x), result
