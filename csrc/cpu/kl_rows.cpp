@@ -17,7 +17,10 @@ KDFAST_INLINE int64_t block_length(int64_t classes, int64_t block) {
 }
 
 // Largest of n values of either side; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
-template <Form form, class S> KDFAST_INLINE std::pair<ComputeOf<S>, ComputeOf<S>> block_max(const S* s, const S* t, int64_t n) {
+template <class C> struct Maxima {
+  C student, teacher;
+};
+template <Form form, class S> KDFAST_INLINE Maxima<ComputeOf<S>> block_max(const S* s, const S* t, int64_t n) {
   using C = ComputeOf<S>;
   Vec<C> best_s = broadcast<C>(-kInfinity), best_t = best_s;
   each_vector<C>(n, [&](int64_t i, auto extent) {
@@ -41,8 +44,8 @@ template <Form form, class S, class N>
 KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, const N* next_t, int64_t n, const Row& row,
                                      ComputeOf<S>* keep_a, ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
   using C = ComputeOf<S>;
-  const auto maxima = block_max<form>(s, t, n);
-  const C max_s = maxima.first, max_t = maxima.second;
+  const Maxima<C> maxima = block_max<form>(s, t, n);
+  const C max_s = maxima.student, max_t = maxima.teacher;
   // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
   const C inverse_s = C(row.inverse_student), factor_s = C(row.inverse_student * kLog2E);
   const C inverse_t = C(row.inverse_teacher), factor_t = C(row.inverse_teacher * kLog2E);

@@ -1,7 +1,9 @@
-// The panel kernels of crd and pkt on the CPU: what kdfast/ops/relation/tiles.py calls between matrix products.
+// The kernels of relations on the CPU: what the drivers in kdfast/ops/relation call between matrix products.
 #include "cpu/relation_panels.h"
 #include "cpu/pool.h"
+#include "cpu/row_runner.h"
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -64,9 +66,70 @@ Tensor pkt_panel(Tensor student, const Tensor& teacher, const Tensor& student_fa
   return total;
 }
 
+Tensor similarity_rows(const Tensor& student, Tensor teacher, bool needs_grad) {
+  STD_TORCH_CHECK(student.is_contiguous() && teacher.is_contiguous(), "kdfast: rows of similarities must be contiguous");
+  const int64_t rows = student.size(0), columns = student.size(1), bytes = columns * (is_double(student) ? 8 : 4);
+  const auto kernel = KDFAST_SELECT_LEVEL(relation_kernels).similarity_row[is_double(student)];
+  Tensor distances = empty({rows}, ScalarType::Double);
+  double* distance = static_cast<double*>(distances.data_ptr());
+  const char* s = static_cast<const char*>(student.data_ptr());
+  char* t = static_cast<char*>(teacher.data_ptr());
+  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) distance[r] = kernel(s + r * bytes, t + r * bytes, columns, needs_grad);
+  });
+  return distances;
+}
+
+// G + G^T of tiles (i, j) and (j, i), through a copy: where rows are a power of two apart, what a column of a tile reads
+// falls on one set of the cache.
+constexpr int64_t kTile = 16;
+using Whole = std::integral_constant<int64_t, kTile>;
+
+template <class C, class Rows, class Columns>
+void symmetrize_tiles(C* g, int64_t n, int64_t i, int64_t j, Rows rows, Columns columns) {
+  C mirrored[kTile][kTile], sums[kTile][kTile];
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = g[(j + c) * n + i + r];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) sums[r][c] = g[(i + r) * n + j + c] + mirrored[c][r];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) g[(i + r) * n + j + c] = sums[r][c];
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) g[(j + c) * n + i + r] = sums[r][c];
+}
+
+template <class C> void symmetrize_all(C* g, int64_t n) {
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  // Row r of tiles of the triangle together with row tiles - 1 - r is as long as any other two.
+  torch::stable::parallel_for(0, (tiles + 1) / 2, grain(kTile * n), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair)
+      for (const int64_t row : {pair, tiles - 1 - pair}) {
+        for (int64_t column = 0; column <= row; ++column) {
+          const int64_t i = row * kTile, j = column * kTile;
+          if (i + kTile <= n)
+            symmetrize_tiles(g, n, i, j, Whole{}, Whole{});
+          else
+            symmetrize_tiles(g, n, i, j, n - i, std::min(kTile, n - j));
+        }
+        if (row == tiles - 1 - row) break;  // both are this one
+      }
+  });
+}
+
+void symmetrize(Tensor matrix) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.is_contiguous() && matrix.size(0) == matrix.size(1),
+                  "kdfast: what is made symmetric must be a contiguous (N, N)");
+  if (is_double(matrix))
+    symmetrize_all(static_cast<double*>(matrix.data_ptr()), matrix.size(0));
+  else
+    symmetrize_all(static_cast<float*>(matrix.data_ptr()), matrix.size(0));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("symmetrize_", TORCH_BOX(&symmetrize));
+  m.impl("similarity_rows", TORCH_BOX(&similarity_rows));
   m.impl("crd_panel", TORCH_BOX(&crd_panel));
   m.impl("pkt_panel", TORCH_BOX(&pkt_panel));
 }

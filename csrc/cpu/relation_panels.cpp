@@ -1,8 +1,11 @@
 // Compiled once per instruction set (setup.py: PER_LEVEL). See relation_panels.h for what is computed.
 // Memory: reads one or two panels once and writes one, in cache. An element of crd takes an exponential, a log1p and two
 // divisions, one of pkt two logarithms and four divisions for the pair and its mirror image; the matrix products that
-// make the panels take 6 or 8 D operations beside that.
+// make the panels take 6 or 8 D operations beside that. A row of similarity_row is read two or three times, from L1 up to
+// 4000 columns of float32.
 #include "cpu/relation_panels.h"
+
+#include <cmath>
 
 #include "cpu/simd.h"
 
@@ -130,10 +133,54 @@ template <class C> double pkt(const Panel& p, const PktOptions& o, int64_t task)
   return p.mirrored(task) ? pkt_task<C, true>(p, o, task) : pkt_task<C, false>(p, o, task);
 }
 
+// Two sums over a row, to which term(s, t, first, second) adds a vector of either side: by lanes for a stretch, then in
+// double.
+struct TwoSums {
+  double first, second;
+};
+template <class C, class Term> KDFAST_INLINE TwoSums sums_of_row(const C* s, const C* t, int64_t columns, const Term& term) {
+  constexpr int64_t kStretch = 1024;
+  TwoSums sums{0, 0};
+  for (; columns > 0; columns -= kStretch, s += kStretch, t += kStretch) {
+    const int64_t n = columns < kStretch ? columns : kStretch;
+    Vec<C> first{}, second{};
+    each_vector<C>(n, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+      term(read(extent, s, j, n, C(0)), read(extent, t, j, n, C(0)), first, second);
+    });
+    sums.first += sum_lanes<C>(first), sums.second += sum_lanes<C>(second);
+  }
+  return sums;
+}
+
+double inverse_norm(double norm) { return norm == 0 ? 0 : 1 / (norm < kSimilarityEps ? kSimilarityEps : norm); }
+
+template <class C> double similarity_row(const void* student, void* teacher, int64_t columns, bool needs_grad) {
+  const C* s = static_cast<const C*>(student);
+  C* t = static_cast<C*>(teacher);
+  const TwoSums squares = sums_of_row<C>(s, t, columns, [](Vec<C> x, Vec<C> y, Vec<C>& xx, Vec<C>& yy)
+                                                         __attribute__((always_inline)) { xx += x * x, yy += y * y; });
+  const double norm = std::sqrt(squares.first);
+  const C inverse_s = C(inverse_norm(norm)), inverse_t = C(inverse_norm(std::sqrt(squares.second)));
+  const TwoSums sums = sums_of_row<C>(s, t, columns, [&](Vec<C> x, Vec<C> y, Vec<C>& dd, Vec<C>& da)
+                                                      __attribute__((always_inline)) {
+    const Vec<C> a = x * inverse_s, d = a - y * inverse_t;
+    dd += d * d, da += d * a;
+  });
+  if (!needs_grad) return sums.first;
+  const C along = norm < kSimilarityEps ? C(0) : C(sums.second);  // a norm that does not move has no share
+  each_vector<C>(columns, [&](int64_t j, auto extent) __attribute__((always_inline)) {
+    const Vec<C> a = read(extent, s, j, columns, C(0)) * inverse_s;
+    const Vec<C> d = a - read(extent, t, j, columns, C(0)) * inverse_t;
+    write(extent, t, j, columns, (d - a * along) * inverse_s);
+  });
+  return sums.first;
+}
+
 }  // namespace
 
 namespace KDFAST_LEVEL {
-extern const RelationKernels relation_kernels = {{crd<float>, crd<double>}, {pkt<float>, pkt<double>}};
+extern const RelationKernels relation_kernels = {
+    {crd<float>, crd<double>}, {pkt<float>, pkt<double>}, {similarity_row<float>, similarity_row<double>}};
 }  // namespace KDFAST_LEVEL
 
 }  // namespace kdfast

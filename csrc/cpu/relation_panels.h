@@ -52,11 +52,17 @@ struct PktOptions {
   double* column_sums;  // (first): those of the mirror images
 };
 
+// A whole row of either side's similarities, over its norm (at least eps; a row of 0 stays 0): returns the squared distance
+// of the two. Where asked, half its gradient with respect to the student's row takes the teacher's place.
+constexpr double kSimilarityEps = 1e-12;  // kdfast/ops/relation/rows.py: EPS
+
 struct RelationKernels {
   using Crd = double (*)(const Panel&, const CrdOptions&, int64_t task);
   using Pkt = double (*)(const Panel&, const PktOptions&, int64_t task);
+  using SimilarityRow = double (*)(const void* student, void* teacher, int64_t columns, bool needs_grad);
   Crd crd[2];  // float, double
   Pkt pkt[2];
+  SimilarityRow similarity_row[2];
 };
 
 KDFAST_DECLARE_LEVELS(RelationKernels, relation_kernels)

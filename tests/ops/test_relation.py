@@ -69,6 +69,30 @@ def test_every_instruction_set_agrees_with_the_reference(level, name, form, unit
             assert_parity(name, inputs, options, DTYPES[seed // 4], layout=layout, seed=seed)
 
 
+@pytest.mark.parametrize("columns", [1, 17, 1100])  # a lane, a tail, more than one stretch of sums
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_rows_of_similarities_with_norms_that_move_that_are_clamped_and_that_are_zero(level, columns):
+    generator = torch.Generator().manual_seed(columns)
+    a, b = (torch.randn(5, columns, dtype=torch.float64, generator=generator) for _ in range(2))
+    a[1] *= 1e-14 / columns
+    b[2] *= 1e-14 / columns
+    a[3], b[4] = 0, 0
+    a.requires_grad_()
+    units = [x / x.norm(dim=1, keepdim=True).clamp(min=1e-12) for x in (a, b)]
+    distances = (units[0] - units[1]).square().sum(dim=1)
+    (gradient,) = torch.autograd.grad(distances.sum(), a)
+    gradient[3] = 0  # as the reference has it
+    for dtype in (torch.float64, torch.float32):
+        given = a.detach().to(dtype)
+        written = b.to(dtype, copy=True)
+        with backends.use_cpu_level(level):
+            found = torch.ops.kdfast.similarity_rows(given, written, True)
+        tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(found, distances.detach(), rtol=tolerance, atol=tolerance)
+        scale = gradient.abs().amax(dim=1, keepdim=True).clamp(min=1)
+        torch.testing.assert_close(2 * written.double() / scale, gradient / scale, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_default_panels_and_forms(name, monkeypatch):
     """Nothing patched, at sizes on either side of the switch between the forms."""

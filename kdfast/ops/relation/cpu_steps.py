@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from kdfast.ops.relation.rows import EPS, Float64, Rows, RowSums, float64_panels, given, inverse_norms
+from kdfast.ops.relation.rows import Float64, Rows, RowSums, float64_panels, given
 
 # Unit rows of up to this size are stored. Larger ones are not: the kernels scale products of the given rows instead,
 STORED_BYTES = 2**20
@@ -131,17 +131,14 @@ def similarity_rows(a: Tensor, b: Tensor, needs_grad: bool) -> Tensor:
 
     Half the gradient with respect to ``a`` is written to ``b``; ``a`` may be lost.
     """
-    norms = a.new_empty(2, a.shape[0])
-    for G, out in zip((a, b), norms, strict=True):
-        torch.linalg.vector_norm(G, dim=1, out=out)
-    inverse_r, inverse_q = inverse_norms(norms).unsqueeze(2)
-    a *= inverse_r
-    difference = torch.addcmul(a, b, inverse_q, value=-1, out=b)
-    distances = torch.linalg.vector_norm(difference, dim=1).double()
-    if needs_grad:
-        along = (difference * a).sum(dim=1).masked_fill_(norms[0] < EPS, 0.0)
-        difference.addcmul_(a, along[:, None], value=-1).mul_(inverse_r)
-    return distances.square_()
+    distances: Tensor = torch.ops.kdfast.similarity_rows(a, b, needs_grad)
+    return distances
+
+
+def symmetrized(G: Tensor) -> Tensor:
+    """``G + G^T``, in place of ``G``."""
+    torch.ops.kdfast.symmetrize_(G)
+    return G
 
 
 def largest_magnitude(x: Tensor, out: Tensor) -> None:

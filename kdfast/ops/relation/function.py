@@ -36,6 +36,9 @@ LIBRARY.define(
     f"pkt_panel({_SIMILARITIES.format('')}, Tensor student_inverse_sum, Tensor teacher_inverse_sum, "
     "Tensor(b!) along, int first, float eps, float scale) -> Tensor"
 )
+# The same of whole rows, in place of the teacher's; and a matrix plus its transpose.
+LIBRARY.define("similarity_rows(Tensor student, Tensor(a!) teacher, bool needs_grad) -> Tensor")
+LIBRARY.define("symmetrize_(Tensor(a!) matrix) -> ()")
 
 
 # The drivers are matrix products and what is between them on either device.

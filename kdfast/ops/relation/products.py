@@ -138,15 +138,14 @@ def _by_rows(s: Rows, t: Rows, grad: Tensor | None) -> Tensor:
     """
     n, steps = s.x.shape[0], steps_for(s.x)
     factor, shares = 2 / n**2, []
-    for first, last in panels(n, SEEN_AT_ONCE):
+    for first, last in panels(n, SEEN_AT_ONCE):  # ``b`` becomes the gradient with respect to ``a``
         a, b = (torch.mm(rows.x[first:last], rows.x.mT) for rows in (s, t))
         shares.append(steps.similarity_rows(a, b, grad is not None))
         if grad is None:
             continue
-        slope = b
         if last - first == n:
-            grad.addmm_(slope + slope.mT, s.x, beta=0, alpha=factor)
+            grad.addmm_(steps.symmetrized(b), s.x, beta=0, alpha=factor)
         else:
-            grad.addmm_(slope.mT, s.x[first:last], beta=int(first > 0), alpha=factor)
-            grad[first:last].addmm_(slope, s.x, alpha=factor)
+            grad.addmm_(b.mT, s.x[first:last], beta=int(first > 0), alpha=factor)
+            grad[first:last].addmm_(b, s.x, alpha=factor)
     return total(shares)

@@ -574,6 +574,11 @@ def similarity_rows(a: Tensor, b: Tensor, needs_grad: bool) -> Tensor:
     return distances
 
 
+def symmetrized(G: Tensor) -> Tensor:
+    """As in cpu_steps.py; ``G`` stays."""
+    return G + G.mT
+
+
 def largest_magnitude(x: Tensor, out: Tensor) -> None:
     """As in cpu_steps.py, in one launch."""
     torch.linalg.vector_norm(x, math.inf, dtype=out.dtype, out=out)
