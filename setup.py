@@ -38,6 +38,7 @@ COMMON = [
 PER_LEVEL = [
     "csrc/cpu/kl_rows.cpp",
     "csrc/cpu/relation_panels.cpp",
+    "csrc/cpu/relation_rows.cpp",
     "csrc/cpu/feature_rows.cpp",
     "csrc/cpu/graph_tiles.cpp",
     "csrc/cpu/graph_edges.cpp",

@@ -1,6 +1,7 @@
 // The kernels of relations on the CPU: what the drivers in kdfast/ops/relation call between matrix products.
-#include "cpu/relation_panels.h"
 #include "cpu/pool.h"
+#include "cpu/relation_panels.h"
+#include "cpu/relation_rows.h"
 #include "cpu/row_runner.h"
 
 #include <algorithm>
@@ -19,6 +20,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+char* row_of(const Tensor& x, int64_t row) {
+  return static_cast<char*>(x.data_ptr()) + row * x.size(1) * (is_double(x) ? 8 : 4);
+}
 
 Panel panel_of(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& student_factor,
                const Tensor& teacher_factor, int64_t first) {
@@ -68,14 +73,12 @@ Tensor pkt_panel(Tensor student, const Tensor& teacher, const Tensor& student_fa
 
 Tensor similarity_rows(const Tensor& student, Tensor teacher, bool needs_grad) {
   STD_TORCH_CHECK(student.is_contiguous() && teacher.is_contiguous(), "kdfast: rows of similarities must be contiguous");
-  const int64_t rows = student.size(0), columns = student.size(1), bytes = columns * (is_double(student) ? 8 : 4);
+  const int64_t rows = student.size(0), columns = student.size(1);
   const auto kernel = KDFAST_SELECT_LEVEL(relation_kernels).similarity_row[is_double(student)];
   Tensor distances = empty({rows}, ScalarType::Double);
   double* distance = static_cast<double*>(distances.data_ptr());
-  const char* s = static_cast<const char*>(student.data_ptr());
-  char* t = static_cast<char*>(teacher.data_ptr());
   torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) distance[r] = kernel(s + r * bytes, t + r * bytes, columns, needs_grad);
+    for (int64_t r = begin; r < end; ++r) distance[r] = kernel(row_of(student, r), row_of(teacher, r), columns, needs_grad);
   });
   return distances;
 }
@@ -125,9 +128,55 @@ void symmetrize(Tensor matrix) {
     symmetrize_all(static_cast<float*>(matrix.data_ptr()), matrix.size(0));
 }
 
+// sum_i weight_i x_i, (width). Threads share the columns, so that rows are added in their order.
+Tensor sum_of_rows(const Tensor& x, const Tensor& weight) {
+  constexpr int64_t kColumns = 64;
+  const int64_t rows = x.size(0), width = x.size(1);
+  const auto kernel = KDFAST_SELECT_LEVEL(relation_rows).sum[is_double(x)];
+  Tensor sum = empty({width}, ScalarType::Double);
+  torch::stable::parallel_for(0, (width + kColumns - 1) / kColumns, grain(rows * kColumns), [&](int64_t begin, int64_t end) {
+    kernel(x.data_ptr(), rows, width, begin * kColumns, std::min(end * kColumns, width),
+           static_cast<const double*>(weight.data_ptr()), static_cast<double*>(sum.data_ptr()));
+  });
+  return sum;
+}
+
+// <x_i, vector>, (rows).
+Tensor products_of_rows(const Tensor& x, const Tensor& vector) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  const auto kernel = KDFAST_SELECT_LEVEL(relation_rows).product[is_double(x)];
+  Tensor products = empty({rows}, ScalarType::Double);
+  torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      static_cast<double*>(products.data_ptr())[i] = kernel(row_of(x, i), static_cast<const double*>(vector.data_ptr()), width);
+  });
+  return products;
+}
+
+void back_through_norms(Tensor grad, const Tensor& x, std::optional<Tensor> factor, std::optional<Tensor> divisor,
+                        const Tensor& radial, std::optional<Tensor> share, std::optional<Tensor> summed,
+                        std::optional<Tensor> weighted, double slope) {
+  const int64_t width = x.size(1);
+  const Storage storage = storage_of(x);
+  const auto kernel = KDFAST_SELECT_LEVEL(relation_rows).back[is_double(x)];
+  const auto vector = [](const std::optional<Tensor>& v) { return v ? static_cast<const double*>(v->data_ptr()) : nullptr; };
+  const auto number = [&](const std::optional<Tensor>& of_rows, int64_t i) {
+    return of_rows ? load_scalar(of_rows->data_ptr(), i, storage) : 1.0;
+  };
+  torch::stable::parallel_for(0, x.size(0), grain(width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel(row_of(grad, i), row_of(x, i), width,
+             {number(factor, i), number(divisor, i), number(radial, i), share ? vector(share)[i] : 0.0, slope,
+              vector(summed), vector(weighted)});
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("sum_of_rows", TORCH_BOX(&sum_of_rows));
+  m.impl("products_of_rows", TORCH_BOX(&products_of_rows));
+  m.impl("back_through_norms_", TORCH_BOX(&back_through_norms));
   m.impl("symmetrize_", TORCH_BOX(&symmetrize));
   m.impl("similarity_rows", TORCH_BOX(&similarity_rows));
   m.impl("crd_panel", TORCH_BOX(&crd_panel));

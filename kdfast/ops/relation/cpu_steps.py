@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from kdfast.ops.relation.rows import Float64, Rows, RowSums, float64_panels, given
+from kdfast.ops.relation.rows import Rows, RowSums, given
 
 # Unit rows of up to this size are stored. Larger ones are not: the kernels scale products of the given rows instead,
 STORED_BYTES = 2**20
@@ -52,22 +51,30 @@ def pkt_rows(student: Tensor, teacher: Tensor, eps: float) -> tuple[Rows, Rows, 
     """Rows over their norm plus ``eps``, and what the sums of their similarities lead to."""
     s, t = (_unit_rows(x, eps, add_eps=True) for x in (student, teacher))
     n = s.x.shape[0]
-    row_sums, along = s.x.new_zeros(3, n, dtype=torch.float64).split([2, 1])
-    summed = _sum_of_rows(s, row_sums[0])
-    _sum_of_rows(t, row_sums[1])
+    # The sum of row i of (1 + cos) / 2 is (N + <u_i, sum_j u_j>) / 2.
+    summed = _sum_of_rows(s)
+    row_sums = torch.stack((_products(s, summed), _products(t, _sum_of_rows(t))))
     inverse = row_sums.add_(n).reciprocal_().mul_(2)
     rounded = inverse.to(s.x.dtype)
     ratio = rounded / inverse
-    return s, t, RowSums(summed, inverse[0], rounded, ratio[0] - ratio[1], along[0])
+    return s, t, RowSums(summed, inverse[0], rounded, ratio[0] - ratio[1], torch.zeros_like(inverse[0]))
 
 
-def _sum_of_rows(rows: Rows, out: Tensor) -> Tensor:
-    """``sum_j u_j``, and ``<u_i, sum_j u_j>`` to ``out``, in float64."""
-    units = Float64(rows)
-    summed = reduce(torch.add, (units(first, last).sum(dim=0) for first, last in float64_panels(rows)))
-    for first, last in float64_panels(rows):
-        torch.mv(units(first, last), summed, out=out[first:last])
+def _sum_of_rows(rows: Rows, weight: Tensor | None = None) -> Tensor:
+    """``sum_j u_j``, weighted, in float64."""
+    factor = None if rows.factor is None else rows.factor.double()
+    if weight is None:
+        weight = rows.x.new_ones(rows.x.shape[0], dtype=torch.float64) if factor is None else factor
+    elif factor is not None:
+        weight = weight * factor
+    summed: Tensor = torch.ops.kdfast.sum_of_rows(rows.x, weight)
     return summed
+
+
+def _products(rows: Rows, vector: Tensor) -> Tensor:
+    """``<u_i, vector>``, in float64."""
+    products: Tensor = torch.ops.kdfast.products_of_rows(rows.x, vector)
+    return products if rows.factor is None else products.mul_(rows.factor)
 
 
 def crd_panel(
@@ -108,22 +115,13 @@ def into_raw_gradient(grad: Tensor, rows: Rows, sums: RowSums | None = None, slo
     """
     if rows.radial is None:
         return
+    share = summed = weighted = None
     if sums is not None:
         share = sums.along * sums.inverse  # the sum of row i answers for this much of each of its k
-        weighted = torch.empty_like(sums.summed)
-        for first, last in float64_panels(rows):
-            weighted.addmv_(rows.unit(first, last).mT, share[first:last], beta=int(first > 0))
-    for first, last in float64_panels(rows):
-        g, x = grad[first:last], rows.x[first:last]
-        if sums is not None:
-            through_sums = torch.addr(weighted, share[first:last], sums.summed, beta=slope, alpha=slope)
-            if rows.factor is not None:
-                through_sums *= rows.factor[first:last, None]
-            g.sub_(through_sums)
-        along = (g * x).sum(dim=1).div_(rows.radial[first:last])
-        if rows.divisor is not None:
-            g.div_(rows.divisor[first:last, None])
-        g.addcmul_(x, along[:, None], value=-1)
+        summed, weighted = sums.summed, _sum_of_rows(rows, share)
+    torch.ops.kdfast.back_through_norms_(
+        grad, rows.x, rows.factor, rows.divisor, rows.radial, share, summed, weighted, slope
+    )
 
 
 def similarity_rows(a: Tensor, b: Tensor, needs_grad: bool) -> Tensor:

@@ -39,6 +39,13 @@ LIBRARY.define(
 # The same of whole rows, in place of the teacher's; and a matrix plus its transpose.
 LIBRARY.define("similarity_rows(Tensor student, Tensor(a!) teacher, bool needs_grad) -> Tensor")
 LIBRARY.define("symmetrize_(Tensor(a!) matrix) -> ()")
+# Steps of rows on a CPU: csrc/cpu/relation_rows.h.
+LIBRARY.define("sum_of_rows(Tensor x, Tensor weight) -> Tensor")
+LIBRARY.define("products_of_rows(Tensor x, Tensor vector) -> Tensor")
+LIBRARY.define(
+    "back_through_norms_(Tensor(a!) grad, Tensor x, Tensor? factor, Tensor? divisor, Tensor radial, Tensor? share, "
+    "Tensor? summed, Tensor? weighted, float slope) -> ()"
+)
 
 
 # The drivers are matrix products and what is between them on either device.
