@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -88,8 +89,8 @@ Tensor similarity_rows(const Tensor& student, Tensor teacher, bool needs_grad) {
 constexpr int64_t kTile = 16;
 using Whole = std::integral_constant<int64_t, kTile>;
 
-template <class C, class Rows, class Columns>
-void symmetrize_tiles(C* g, int64_t n, int64_t i, int64_t j, Rows rows, Columns columns) {
+template <class C, class Height, class Width>
+void symmetrize_tiles(C* g, int64_t n, int64_t i, int64_t j, Height rows, Width columns) {
   C mirrored[kTile][kTile], sums[kTile][kTile];
   for (int64_t c = 0; c < columns; ++c)
     for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = g[(j + c) * n + i + r];
