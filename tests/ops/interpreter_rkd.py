@@ -23,13 +23,13 @@ weights = pytest.mark.parametrize("weights", WEIGHTS)
 def small_tiles(monkeypatch):
     """So that a few rows are several tiles, and tiles are cut by the edge."""
     sizes = {
-        "DISTANCE_BLOCK": 8,
+        "BLOCK": 8,
+        "FEATURES": 2,
         "ROW_BLOCK": 16,
-        "APEX_ROWS": 8,
-        "APEX_COLUMNS": 4,
-        "PAIR_BLOCK": 8,
-        "PULL_ROWS": 4,
-        "PULL_WIDTH": 8,
+        "LANES": 4,
+        "APEX_TILE": {"DOWN": 1, "ACROSS": 2, "WARPS_DOWN": 2, "WARPS_ACROSS": 2},
+        "PAIR_TILE": {"DOWN": 2, "ACROSS": 1, "WARPS_DOWN": 2, "WARPS_ACROSS": 2, "BLOCKS": 2},
+        "PULL_TILE": {"ROWS": 2, "WIDTHS": 2, "WARPS": 2, "LANES": 2, "AT_ONCE": 2},
     }
     for name, size in sizes.items():
         monkeypatch.setattr(triton_kernels, name, size)
@@ -43,9 +43,10 @@ def pair(n: int, d: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor
     return features(n, d, seed=n).to(dtype), features(n, d + 2, seed=n + 1).to(dtype)
 
 
-def two_scales(n: int, d: int) -> Tensor:
+def two_scales(n: int, d: int, close: int = 5) -> Tensor:
+    """The first ``close`` rows are close to each other: their cosines are wide."""
     x = features(n, d, seed=3)
-    x[: n // 2] *= 1e-3
+    x[:close] *= 1e-3
     return x
 
 
@@ -125,6 +126,8 @@ HARD = {
     "a cluster at 1e3": 1e3 + 1e-2 * features(10, 3),
     "a cluster at 100": 100 + 1e-3 * features(10, 3),
     "two scales": two_scales(10, 3),
+    "two scales, one of them in one block of apexes": two_scales(10, 3, close=3),
+    "two scales, one of them in the last block": two_scales(10, 3, close=3).flip(0),
     "duplicates": features(10, 3)[torch.arange(10) % 5],
     "in the plane": features(10, 2),
 }
@@ -137,23 +140,31 @@ def test_hard_data(case):
     check(features(10, 4, seed=1).float(), student, "angle")
 
 
-def test_both_kinds_of_cosines_are_reached():
-    with np.errstate(all="ignore"):
-        for x, expected in ((two_scales(10, 3), True), (features(10, 100), False)):
-            of = triton_kernels._pairs(x.float())
-            sums, wide = torch.empty(2, 10), torch.empty(10, dtype=torch.int32)
-            triton_kernels._rows_kernel[(10,)](
-                *sums, wide, of[0], of[2], of[0], of[2], None, 10, BLOCK=16, **triton_kernels.OPTIONS["_rows_kernel"]
-            )
-            assert wide.bool().any() == expected
-            torch.testing.assert_close(
-                sums[0].double(), torch.cdist(x.float(), x.float()).double().sum(1), rtol=1e-5, atol=0
-            )
+@pytest.mark.parametrize(("x", "expected"), [(two_scales(10, 3), True), (features(10, 100), False)], ids=["two", "one"])
+def test_both_kinds_of_cosines_are_reached(monkeypatch, x, expected):
+    seen = []
+    kernel = triton_kernels._rows_kernel
+
+    class Spied:
+        def __getitem__(self, grid):
+            def launched(*arguments, **options):
+                kernel[grid](*arguments, **options)
+                seen.append(arguments[:3])
+
+            return launched
+
+    monkeypatch.setattr(triton_kernels, "_rows_kernel", Spied())
+    launch(x.float(), x.float(), "angle")
+    ((sum_s, sum_t, wide),) = seen
+    assert wide.bool().any() == expected
+    distances = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist").double().sum(1)
+    for sums in (sum_s, sum_t):
+        torch.testing.assert_close(sums.double(), distances, rtol=1e-5, atol=0)
 
 
 @weights
 def test_identical_sides_lose_exactly_nothing(weights):
-    for x in (features(9, 6).float(), two_scales(9, 6).float()):
+    for x in (features(9, 6).float(), two_scales(9, 6, close=4).float()):
         value, gradient = launch(x, x.clone(), weights)
         assert value == 0 and (gradient == 0).all()
 

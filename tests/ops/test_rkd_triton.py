@@ -6,60 +6,68 @@ import re
 from typing import Any
 
 import pytest
-from triton_support import TARGETS, Build, Resources, compile_all, needs_triton, run_in_interpreter
+from triton_support import TARGETS, Build, Resources, compile_all, loops, needs_triton, run_in_interpreter
 
 pytestmark = needs_triton
 
 MODULE = "kdfast.ops.rkd.triton_kernels"
-MATRICES = ("high_s_ptr", "low_s_ptr", "r_s_ptr", "high_t_ptr", "low_t_ptr", "r_t_ptr")
 TYPES = {
-    **dict.fromkeys((*MATRICES, "high_ptr", "low_ptr", "r_ptr", "x_ptr", "out_ptr", "grad_ptr", "loss_ptr"), "*fp32"),
-    **dict.fromkeys(("from_apex_ptr", "weight_ptr", "factor_ptr", "angle_ptr", "distance_ptr"), "*fp32"),
-    **dict.fromkeys(("sum_s_ptr", "sum_t_ptr"), "*fp32"),
-    **dict.fromkeys(("total_s_ptr", "total_t_ptr", "kept_ptr"), "*fp64"),
-    **{
-        "wide_ptr": "*i32",
-        "apexes_ptr": "*i64",
-        "keep_ptr": "*u8",
-        "n": "i32",
-        "d": "i32",
-        "apexes": "i32",
-    },
+    **dict.fromkeys(("grad_ptr", "from_apex_ptr", "loss_ptr", "slope_ptr", "inverse_ptr", "out_ptr", "x_ptr"), "*fp32"),
+    **dict.fromkeys(("sum_s_ptr", "sum_t_ptr", "weight_ptr", "angle_ptr", "distance_ptr"), "*fp32"),
+    **dict.fromkeys(("high_ptr", "low_ptr", "r_ptr"), "*i64"),  # two floats
+    **dict.fromkeys(("x_s_ptr", "x_t_ptr"), "*fp64"),
+    **dict.fromkeys(("angle_weight", "distance_weight"), "fp32"),
+    **dict.fromkeys(("n", "pitch", "apexes", "programs", "d", "d_s", "d_t"), "i32"),
+    "wide_ptr": "*i32",
+    **dict.fromkeys(("apexes_ptr", "kept_ptr", "kept_apexes_ptr"), "*i64"),
+    "keep_ptr": "*u8",
 }
-PLAIN = {"weight_ptr": None, "keep_ptr": None, "apexes_ptr": None}
+WRITTEN = dict.fromkeys(("high_ptr", "low_ptr", "r_ptr"), "*fp32")  # float by float
+PLAIN = dict.fromkeys(("weight_ptr", "keep_ptr", "apexes_ptr", "kept_ptr", "kept_apexes_ptr"))
+BOTH = {"ANGLE": True, "DISTANCE": True, "MEAN": True}
+NO_DISTANCE = {"DISTANCE": False, "inverse_ptr": None, "slope_ptr": None}
+NO_GRADIENT = {**NO_DISTANCE, "grad_ptr": None, "from_apex_ptr": None}
 # kernel -> variants: compile-time arguments that differ from the default launch
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "_distances_kernel": {"": {}},
-    "_rows_kernel": {"": PLAIN, "masked": {}},
+    "_distances_kernel": {"": PLAIN, "masked": {}},
+    "_rows_kernel": {"": {}},
     "_distance_loss_kernel": {"": PLAIN, "weighted": {}},
-    "_apex_kernel": {"": PLAIN, "weighted, chosen": {}, "no gradient": {**PLAIN, "grad_ptr": None}},
+    "_apex_kernel": {"": {**PLAIN, "MEAN": True}, "weighted, chosen, sum": {"MEAN": False}},
     "_pair_kernel": {
-        "": {**PLAIN, "ANGLE": True, "DISTANCE": True},
-        "weighted, chosen": {"ANGLE": True, "DISTANCE": True},
-        "angle": {**PLAIN, "ANGLE": True, "DISTANCE": False},
-        "distance": {**PLAIN, "ANGLE": False, "DISTANCE": True, "from_apex_ptr": None},
+        "": {**PLAIN, **BOTH},
+        "weighted, chosen, sum": {**BOTH, "MEAN": False},
+        "angle": {**PLAIN, **BOTH, **NO_DISTANCE},
+        "angle, sum": {**PLAIN, **BOTH, **NO_DISTANCE, "MEAN": False},
+        "distance": {**PLAIN, **BOTH, "ANGLE": False, "loss_ptr": None, "from_apex_ptr": None},
+        "distance, sum": {
+            **PLAIN, **BOTH, "ANGLE": False, "loss_ptr": None, "from_apex_ptr": None, "MEAN": False,
+        },
+        "no gradient": {**PLAIN, **BOTH, **NO_GRADIENT},
     },
-    "_pull_kernel": {"": {}},
-}
+    "_loss_kernel": {"": {**PLAIN, "MEAN": True}, "sum": {"MEAN": False}},
+    "_pull_kernel": {"": PLAIN, "masked": {}},
+}  # fmt: skip
 
 
 def build(kernel: str, variant: str, target: str) -> Build:
     from kdfast.ops.rkd import triton_kernels as module
 
+    sums = {"BLOCK": module.ROW_BLOCK}
+    lanes = {"LANES": module.LANES}
     tiles = {
-        "_distances_kernel": {"BLOCK": module.DISTANCE_BLOCK},
-        "_rows_kernel": {"BLOCK": module.ROW_BLOCK},
-        "_distance_loss_kernel": {"BLOCK": module.ROW_BLOCK},
-        "_apex_kernel": {"ROWS": module.APEX_ROWS, "COLUMNS": module.APEX_COLUMNS},
-        "_pair_kernel": {"BLOCK": module.PAIR_BLOCK},
-        "_pull_kernel": {"ROWS": module.PULL_ROWS, "WIDTH": module.PULL_WIDTH},
+        "_distances_kernel": {"BLOCK": module.BLOCK, "FEATURES": module.FEATURES, **lanes},
+        "_rows_kernel": {**sums, **lanes},
+        "_distance_loss_kernel": {**sums, **lanes},
+        "_apex_kernel": {**module.APEX_TILE, **lanes},
+        "_pair_kernel": {**module.PAIR_TILE, "SUM": module.ROW_BLOCK, **lanes},
+        "_loss_kernel": sums,
+        "_pull_kernel": module.PULL_TILE,
     }
     names = getattr(module, kernel).arg_names
     constants = {**tiles[kernel], **{k: v for k, v in VARIANTS[kernel][variant].items() if k in names}}
-    signature = {name: TYPES[name] for name in names if name not in constants and name != "slope_ptr"}
-    if "slope_ptr" in names:
-        signature["slope_ptr"] = "*fp32" if kernel == "_distance_loss_kernel" else "*fp64"
-    aligned = tuple(name for name in names if name.endswith("_ptr") or name == "d")
+    types = {**TYPES, **(WRITTEN if kernel == "_distances_kernel" else {})}
+    signature = {name: types[name] for name in names if name not in constants}
+    aligned = tuple(name for name in names if name.endswith("_ptr"))
     name = f"{target} {kernel.strip('_')}" + (f", {variant}" if variant else "")
     return Build(name, MODULE, kernel, signature, constants, module.OPTIONS[kernel], target, aligned=aligned)
 
@@ -98,11 +106,32 @@ def test_rows_are_addressed_in_64_bits(compiled):
         text = resources.text["ttir"]
         for index in re.findall(r"(%\w+) = tt\.get_program_id [xy] : i32", text):
             products = re.findall(rf"arith\.muli {re.escape(index)}, .* : i32", text)
-            # Blocks of features lie within a row; blocks of losses are as many as programs.
-            assert len(products) <= (1 if re.search("pull_kernel|apex_kernel", name) else 0), (
-                name,
-                products,
-            )
+            # Blocks of features lie within a row; the diagonal is found among tiles; losses are as many as programs.
+            allowed = 1 if re.search("pull_kernel|pair_kernel", name) else 0
+            assert len(products) <= allowed, (name, products)
+
+
+def test_threads_exchange_nothing_within_a_loop(compiled):
+    """Layouts of what is loaded and of what is computed agree; else each step stores, waits for all warps and reads."""
+    for name, resources in compiled.items():
+        if "ptx" in resources.text:
+            bodies = loops(resources.text["ptx"])
+            assert bodies or "distance" not in name
+            for body in bodies:
+                assert not re.search(r"bar\.sync|\.shared|shfl", body), name
+
+
+def test_what_is_read_again_and_again_is_not_converted_each_time(compiled):
+    (body,) = loops(compiled["sm_90 distances_kernel"].text["ptx"])
+    assert "fma.rn.f64" in body and "cvt" not in body
+
+
+def test_the_slope_of_a_nan_is_one(compiled):
+    """The interpreter's clamp never drops NaN; a GPU's does where it is not asked to keep it."""
+    for name, resources in compiled.items():
+        clamps = re.findall(r"tt\.clampf .*", resources.text["ttir"])
+        assert all("propagateNan = all" in clamp for clamp in clamps), name
+        assert clamps or not re.search("apex_kernel|pair_kernel|distance_loss_kernel", name)
 
 
 def test_no_float_is_added_atomically(compiled):
