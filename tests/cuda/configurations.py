@@ -119,11 +119,12 @@ def relation() -> list[Call]:
 
 
 def rkd() -> list[Call]:
-    """Several tiles of pairs; rows that do not count or weigh more."""
+    """Several tiles of pairs; rows that do not count or weigh more; sums."""
     generator = torch.Generator().manual_seed(0)
     rows = {"mask": row_mask(generator, (150,), 40), "row_weight": torch.rand(150, generator=generator)}
     names = ("rkd_loss", "rkd_distance_loss", "rkd_angle_loss")
-    return [Call(name, (150,), 40, options) for name, options in product(names, ({}, rows))]
+    options = ({}, rows, {**rows, "reduction": "sum"})
+    return [Call(name, (150,), 40, chosen) for name, chosen in product(names, options)]
 
 
 def rkd_sequence() -> list[Call]:
