@@ -45,7 +45,7 @@ PER_LEVEL = [
     "csrc/cpu/rkd_kernels.cpp",
     "csrc/cpu/rkd_sequence_kernels.cpp",
 ]
-CUDA = ["csrc/cuda/graph.cu", "csrc/cuda/kl.cu"]
+CUDA = ["csrc/cuda/graph.cu", "csrc/cuda/graph_product.cu", "csrc/cuda/kl.cu"]
 
 
 def levels() -> dict[str, list[str]]:

@@ -5,23 +5,19 @@
 // of those alone. Between tiles of one row its keys wait in global memory. Bytes: 4 of a product, and 4 of a column's
 // coefficient, which L1 gives to the block's warps.
 //
-// A key is the integer of kdfast/ops/graph/triton_kernels.py: value, then index, then whether it is NaN. Columns come in
-// their order, so an equal value that comes later is worse: `>` of two floats is enough to leave it out.
+// Columns come in their order, so an equal value that comes later is worse: `>` of two floats is enough to leave it out.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "cuda/graph_key.cuh"
 #include "cuda/warp_queue.cuh"
 
 namespace kdfast::gpu {
 
-constexpr int kCosine = 0, kDot = 1, kEuclidean = 2;
 constexpr int kUnit = 128;  // columns that a warp reads at once
 constexpr int kPlaces = 8;  // one for the unit that is looked at; the others' products are on their way
-constexpr float kLowest = -__builtin_huge_valf();
-constexpr int32_t kLargestIndex = INT32_MAX;
 
 struct SelectArguments {
   const float* products;    // of rows from first_row on with columns from first_column on
@@ -45,32 +41,6 @@ struct SelectMemory {
   float4 products[kPlaces][32];
   int64_t waiting[kRoom];
 };
-
-__device__ __forceinline__ int64_t key_of(float value, int64_t index) {
-  const bool nan = value != value;
-  const float ordered_value = nan ? kLowest : value + 0.f;  // + 0: one zero
-  int32_t bits;
-  memcpy(&bits, &ordered_value, 4);
-  const int32_t ordered = bits < 0 ? bits ^ INT32_MAX : bits;
-  return static_cast<int64_t>(static_cast<uint64_t>(static_cast<int64_t>(ordered)) << 32 |
-                              static_cast<uint64_t>(kLargestIndex - index) << 1 | static_cast<uint64_t>(nan));
-}
-// By which a key is ordered: -inf of a NaN.
-__device__ __forceinline__ float ordered_value(int64_t key) {
-  const int32_t ordered = static_cast<int32_t>(key >> 32), bits = ordered < 0 ? ordered ^ INT32_MAX : ordered;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-__device__ __forceinline__ float value_of(int64_t key) { return (key & 1) != 0 ? __builtin_nanf("") : ordered_value(key); }
-__device__ __forceinline__ int64_t index_of(int64_t key) { return kLargestIndex - ((key >> 1) & kLargestIndex); }
-
-template <int METRIC>
-__device__ __forceinline__ float similarity(float product, float a, float b) {
-  if (METRIC == kCosine) return product * a * b;
-  if (METRIC == kEuclidean) return 2 * product - (a + b);
-  return product;
-}
 
 // Whether what was not kept of a row is farther than its k nearest, although products round: the columns of the k best
 // are within ``reach``, and what is nearer has a square of at most 2 |x|^2 + 2 reach, so that its product says ``limit``.
