@@ -87,6 +87,13 @@ def forced(backend: str, features: Tensor) -> Tensor:
         return kdfast_values(features)
 
 
+def own_product_values(features: Tensor) -> Tensor:
+    """By the launcher that is no backend before it is measured."""
+    from kdfast.ops.graph import METRICS, product  # needs triton
+
+    return product.graph(features, None, None, K, METRICS["cosine"], False, True)[0]
+
+
 def values_by_blocks(features: Tensor, rows: Tensor | None = None) -> Tensor:
     return graph_by_blocks(features, rows)[0]
 
@@ -136,6 +143,8 @@ def graph_case(shape: tuple[int, int], options: Options) -> Case:
     if kdfast.backends.can_run(kdfast.backends.CUDA, "graph", options.device.type)[0]:
         for backend in (kdfast.backends.TRITON, kdfast.backends.CUDA):
             candidates[f"kdfast, {backend}"] = step(partial(forced, backend), inputs)
+        if options.dtype in (torch.float16, torch.bfloat16):
+            candidates["kdfast, product"] = step(own_product_values, inputs)
     if shape[0] <= MATRIX_ROWS:
         candidates["eager"] = step(lambda features: eager_graph(features)[0], inputs)
         candidates["compiled"] = compiled(lambda features: eager_graph(features)[0], inputs)

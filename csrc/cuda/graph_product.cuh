@@ -44,15 +44,16 @@ struct BoundsArguments {
 };
 
 constexpr int kBinned = 2;                                // bins of a row that one thread has
-constexpr int kBins = kTile / kWarpTile * 4 * kBinned;    // that one block has, 8 columns of a tile each
+constexpr int kBins = kColumns / kWarpTile * 4 * kBinned;  // of a row that one block has, 8 columns of a tile each
 
 // bins[row, kBins * split + i]: the largest similarity in bin i of every stride-th tile of a split. A NaN is not larger.
-template <bool BFLOAT16, int METRIC>
-__device__ __forceinline__ void graph_bounds(const BoundsArguments& s, Stage (&stages)[kStages], int block, int thread) {
+template <bool BFLOAT16, int METRIC, int ROWS>
+__device__ __forceinline__ void graph_bounds(const BoundsArguments& s, Stage<ROWS> (&stages)[kStages], int block,
+                                             int thread) {
   const ProductArguments& p = s.product;
   const int n = p.factors.n, m = p.factors.m;
   const Lane at(thread);
-  const int first = block / s.splits * kTile, split = block % s.splits;
+  const int first = block / s.splits * ROWS, split = block % s.splits;
   // What the tiles have so far waits where it is written: the registers are the product's.
   float* const bins = s.bins + kBins * split + (at.first_column / kWarpTile * 4 + at.lane % 4) * kBinned;
   const auto bins_of = [&](int row) { return bins + static_cast<int64_t>(row) * s.splits * kBins; };
@@ -64,12 +65,12 @@ __device__ __forceinline__ void graph_bounds(const BoundsArguments& s, Stage (&s
       for (int bin = 0; bin < kBinned; ++bin)
         if (first + at.row(i, h) < n) bins_of(first + at.row(i, h))[bin] = kLowest;
 
-  const int64_t step = static_cast<int64_t>(s.splits) * s.stride * kTile;
+  const int64_t step = static_cast<int64_t>(s.splits) * s.stride * kColumns;
 #pragma unroll 1
-  for (int64_t start = static_cast<int64_t>(split) * s.stride * kTile; start < m; start += step) {
+  for (int64_t start = static_cast<int64_t>(split) * s.stride * kColumns; start < m; start += step) {
     const int column = static_cast<int>(start);
     Sums sums;
-    multiply<BFLOAT16>(p.factors, stages, first, column, thread, sums);
+    multiply<BFLOAT16, ROWS>(p.factors, stages, first, column, thread, sums);
     const int row = anew(first);
     // All reads come before the first write, which could be to the same place for all that the compiler knows.
     float a[4][2], b[8][2], largest[4][2][kBinned];
@@ -87,7 +88,8 @@ __device__ __forceinline__ void graph_bounds(const BoundsArguments& s, Stage (&s
         for (int bin = 0; bin < kBinned; ++bin) largest[i][h][bin] = bins_of(own)[bin];
       }
     // Elsewhere every element is admitted.
-    const bool asks = p.labels != nullptr || (!p.itself && row == column) || column + kTile > m;
+    const bool diagonal = row < column + kColumns && column < row + ROWS;
+    const bool asks = p.labels != nullptr || (!p.itself && diagonal) || column + kColumns > m;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -133,20 +135,26 @@ struct HitsArguments {
 // An element that may be a hit of its row or its column.
 struct Candidate {
   float similarity;
-  int32_t place;  // kTile * row + column of the tile
+  int32_t place;  // kColumns * row + column of the tile
 };
 constexpr int kPassed = 16 * kWarpTile;  // candidates between two looks at how full the list is, at most
 constexpr int kListed = 2 * kPassed;
 
+template <int ROWS>
 union HitsMemory {
-  Stage stages[kStages];
-  Candidate listed[kTileWarps][kListed];  // after the product
+  Stage<ROWS> stages[kStages];
+  Candidate listed[kTileWarps<ROWS>][kListed];  // after the product
 };
-static_assert(sizeof(HitsMemory) == sizeof(Stage) * kStages, "the list needs no memory of its own");
+static_assert(sizeof(HitsMemory<128>) == sizeof(Stage<128>) * kStages, "the list needs no memory of its own");
 
-__host__ __device__ inline constexpr int64_t hits_blocks(const HitsArguments& s) {
-  const int64_t rows = tiles_of(s.product.factors.n), columns = tiles_of(s.product.factors.m);
-  return s.symmetric ? rows * (rows + 1) / 2 : rows * columns;
+// Blocks of a symmetric matrix come in squares, of the upper triangle.
+template <int ROWS>
+constexpr int kParted = ROWS / kColumns;
+
+template <int ROWS>
+constexpr int64_t hits_blocks(const HitsArguments& s) {
+  const int64_t rows = tiles_of(s.product.factors.n, ROWS), columns = tiles_of(s.product.factors.m, kColumns);
+  return s.symmetric ? rows * (rows + 1) / 2 * kParted<ROWS> : rows * columns;
 }
 
 // Gives what a warp has listed to the buffers. Each lane asks for places on its own, so that 32 atomics are on their way
@@ -158,7 +166,7 @@ __device__ __forceinline__ void append(const HitsArguments& s, const Candidate* 
 #pragma unroll 1
   for (int i = lane; i < size; i += 32) {
     const float similarity = listed[i].similarity;
-    const int own = row + listed[i].place / kTile, other = column + listed[i].place % kTile;
+    const int own = row + listed[i].place / kColumns, other = column + listed[i].place % kColumns;
     if (own >= p.factors.n || other >= p.factors.m || !p.admits(own, other)) continue;
     const bool of_row = !(similarity < s.limits[own]);  // a NaN is not below
     const bool of_column = mirrored && !(similarity < s.limits[other]);
@@ -171,21 +179,30 @@ __device__ __forceinline__ void append(const HitsArguments& s, const Candidate* 
 }
 
 // Appends the keys of what is not below the row's limit to its buffer, in any order.
-template <bool BFLOAT16, int METRIC>
-__device__ __forceinline__ void graph_hits(const HitsArguments& s, HitsMemory& memory, int64_t block, int thread) {
+template <bool BFLOAT16, int METRIC, int ROWS>
+__device__ __forceinline__ void graph_hits(const HitsArguments& s, HitsMemory<ROWS>& memory, int64_t block, int thread) {
   const ProductArguments& p = s.product;
   const int n = p.factors.n, m = p.factors.m;
-  const TilePlace tile =
-      s.symmetric ? place_in_triangle(block, tiles_of(n)) : place_in_rectangle(block, tiles_of(n), tiles_of(m));
-  const int row = tile.row * kTile, column = tile.column * kTile;
-  const bool mirrored = s.symmetric && row != column;  // on the diagonal both (i, j) and (j, i) are there
+  int row, column;
+  bool mirrored = false;  // around the diagonal both (i, j) and (j, i) are there
+  if (s.symmetric) {
+    const TilePlace square = place_in_triangle(block / kParted<ROWS>, tiles_of(n, ROWS));
+    row = square.row * ROWS;
+    column = square.column * ROWS + static_cast<int>(block % kParted<ROWS>) * kColumns;
+    mirrored = square.row != square.column;
+    if (column >= n) return;  // of a square at the end
+  } else {
+    const TilePlace tile = place_in_rectangle(block, tiles_of(n, ROWS), tiles_of(m, kColumns));
+    row = tile.row * ROWS;
+    column = tile.column * kColumns;
+  }
   Sums sums;
-  multiply<BFLOAT16>(p.factors, memory.stages, row, column, thread, sums);
+  multiply<BFLOAT16, ROWS>(p.factors, memory.stages, row, column, thread, sums);
 
   const Lane at(thread);
   Candidate* listed = memory.listed[thread / 32];
   int size = 0;
-  const int32_t place = kTile * at.row(0, 0) + at.column(0, 0);
+  const int32_t place = kColumns * at.row(0, 0) + at.column(0, 0);
   const unsigned below = (1u << at.lane) - 1;
   float a[4][2], b[8][2], row_limit[4][2], column_limit[8][2];
 #pragma unroll
@@ -225,7 +242,7 @@ __device__ __forceinline__ void graph_hits(const HitsArguments& s, HitsMemory& m
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const unsigned lanes = ballot(candidate[e]);
-          store_8(candidate[e], &listed[size + count(lanes & below)], sums[i][j][2 * h + e], place + kTile * (16 * i + 8 * h) + 8 * j + e);
+          store_8(candidate[e], &listed[size + count(lanes & below)], sums[i][j][2 * h + e], place + kColumns * (16 * i + 8 * h) + 8 * j + e);
           size += count(lanes);
         }
       }

@@ -1,9 +1,12 @@
-// Products of rows of half types with others, a tile of 128 x 128 a block, on tensor cores. Sums stay in registers.
+// Products of rows of half types with others, a tile of 128 or 256 rows and 128 columns a block, on tensor cores. Sums stay
+// in registers.
 //
-// Four warps, 64 x 64 each. 64 features at a time come to shared memory past the registers, three times 32 KiB, so that
-// two are on their way while one is multiplied; two blocks fit on an SM of 228 KiB. 128 bytes of a row are once around
-// the banks: its 16-byte parts are exchanged by row % 8, so that neither the copies of one row nor the reads of one part
-// of 8 rows meet in a bank. A byte of shared memory that is written serves 64 products or more.
+// Warps of 64 x 64. 64 features at a time come to shared memory past the registers, into three stages, so that two are on
+// their way while one is multiplied. 128 bytes of a row are once around the banks: its 16-byte parts are exchanged by
+// row % 8, so that neither the copies of one row nor the reads of one part of 8 rows meet in a bank.
+//
+// Of 128 rows two blocks fit on an SM (96 KiB each), and one multiplies while the other compares. 256 rows, 144 KiB, fill
+// it, and read a quarter less from L2: per multiply-add 1 / ROWS + 1 / 128 elements. Which is faster is not measured.
 //
 // All tiles sum along the features in the same order, and a product of two numbers is the same either way: the sum for
 // (i, j) has the bits of that for (j, i), if the tensor core treats both operands alike. That is not documented;
@@ -15,18 +18,23 @@
 
 namespace kdfast::gpu {
 
-constexpr int kTile = 128;   // rows, and columns
-constexpr int kDepth = 64;   // features of a stage
-constexpr int kParts = 8;    // 16 bytes each, of a row's features
+constexpr int kColumns = 128;  // of a tile
+constexpr int kDepth = 64;     // features of a stage
+constexpr int kParts = 8;      // 16 bytes each, of a row's features
 constexpr int kStages = 3;
 constexpr int kWarpTile = 64;
-constexpr int kTileWarps = 4, kTileThreads = 32 * kTileWarps;
+
+template <int ROWS>
+constexpr int kTileWarps = ROWS / kWarpTile * (kColumns / kWarpTile);
+template <int ROWS>
+constexpr int kTileThreads = 32 * kTileWarps<ROWS>;
 
 struct alignas(16) Part {
   uint16_t numbers[8];
 };
+template <int ROWS>
 struct Stage {
-  Part rows[kTile][kParts], columns[kTile][kParts];
+  Part rows[ROWS][kParts], columns[kColumns][kParts];
 };
 
 // Half-type matrices (rows, width), whose rows are multiples of 16 bytes and begin at one.
@@ -47,7 +55,8 @@ using Sums = float[4][8][4];
 
 __device__ __forceinline__ int at_most(int x, int most) { return x < most ? x : most; }
 
-// A thread's share of the copies of 128 rows from ``first`` on, or of as many columns; past the end the last one again.
+// A thread's share of the copies of COUNT rows, or columns, from ``first`` on; past the end the last one again.
+template <int COUNT, int THREADS>
 class Source {
  public:
   __device__ __forceinline__ Source(const uint16_t* from, int first, int count, int width, int thread)
@@ -58,7 +67,7 @@ class Source {
       offsets_[i] = static_cast<uint32_t>(at_most(row_ + kApart * i, count - 1 - first)) * (2u * width) + 16u * part_;
   }
   // 64 features from ``feature`` on, zeros past the end.
-  __device__ __forceinline__ void ask(bool wanted, Part (&to)[kTile][kParts], int feature) const {
+  __device__ __forceinline__ void ask(bool wanted, Part (&to)[COUNT][kParts], int feature) const {
     const char* from = from_ + 2 * feature;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i)
@@ -67,7 +76,7 @@ class Source {
   }
 
  private:
-  static constexpr int kApart = kTileThreads / kParts, kCopies = kTile / kApart;
+  static constexpr int kApart = THREADS / kParts, kCopies = COUNT / kApart;
   static_assert(kApart % 8 == 0, "row % 8 is the same for all of a thread");
   const char* from_;
   int width_, part_, row_;
@@ -78,7 +87,8 @@ class Source {
 struct Fragments {
   uint32_t rows[4][4], columns[4][4];  // of 16 rows; of twice 8 columns
 
-  __device__ __forceinline__ void load(const Stage& stage, int k, const Lane& at) {
+  template <int ROWS>
+  __device__ __forceinline__ void load(const Stage<ROWS>& stage, int k, const Lane& at) {
     const int lane = at.lane;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -91,12 +101,13 @@ struct Fragments {
 };
 
 // All threads of a block, which may write to ``stages`` after.
-template <bool BFLOAT16>
-__device__ __forceinline__ void multiply(const Factors& f, Stage (&stages)[kStages], int row, int column, int thread,
-                                         Sums& sums) {
+template <bool BFLOAT16, int ROWS>
+__device__ __forceinline__ void multiply(const Factors& f, Stage<ROWS> (&stages)[kStages], int row, int column,
+                                         int thread, Sums& sums) {
   const Lane at(thread);
   const int steps = (f.width + kDepth - 1) / kDepth;
-  const Source rows(f.x, row, f.n, f.width, thread), columns(f.y, column, f.m, f.width, thread);
+  const Source<ROWS, kTileThreads<ROWS>> rows(f.x, row, f.n, f.width, thread);
+  const Source<kColumns, kTileThreads<ROWS>> columns(f.y, column, f.m, f.width, thread);
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
     rows.ask(step < steps, stages[step].rows, step * kDepth);
@@ -115,8 +126,8 @@ __device__ __forceinline__ void multiply(const Factors& f, Stage (&stages)[kStag
   for (int step = 0; step < steps; ++step) {
     wait<kStages - 2>();
     sync_block();  // all copies are here, and nobody reads the stage that is asked for next
-    const Stage& stage = stages[current];
-    Stage& later = stages[next];
+    const Stage<ROWS>& stage = stages[current];
+    Stage<ROWS>& later = stages[next];
     current = current + 1 == kStages ? 0 : current + 1;
     next = next + 1 == kStages ? 0 : next + 1;
     const int asked = step + kStages - 1;
@@ -147,7 +158,7 @@ struct TilePlace {
 };
 constexpr int kTogether = 8;  // tiles
 
-__host__ __device__ inline constexpr int tiles_of(int rows) { return (rows + kTile - 1) / kTile; }
+__host__ __device__ inline constexpr int tiles_of(int count, int size) { return (count + size - 1) / size; }
 
 // Of ``tiles`` in a line either way those with row <= column: columns in groups, whose rows follow one another. Group g
 // begins at block 32 g^2 + 4 g; the last one may have fewer columns.

@@ -42,6 +42,19 @@ def step(name: str, arguments: dict[str, Any]) -> Step:
 
 
 @contextmanager
+def graphs_by(launcher: str) -> Iterator[None]:
+    """Graphs by a launcher of CUDA C++; 'product', which is no backend yet, takes the place of 'select'."""
+    from kdfast.ops.graph import product, select  # need triton
+
+    before, select.graph = select.graph, {"select": select, "product": product}[launcher].graph
+    try:
+        with kdfast.backends.use(kdfast.backends.CUDA):
+            yield
+    finally:
+        select.graph = before
+
+
+@contextmanager
 def waiting_is_an_error() -> Iterator[None]:
     """Nothing inside may wait for the device."""
     torch.cuda.synchronize()

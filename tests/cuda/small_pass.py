@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -10,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "cuda")]
 
 import torch  # noqa: E402
 from configurations import CALLS  # noqa: E402
-from cuda_support import step  # noqa: E402
+from cuda_support import graphs_by, step  # noqa: E402
 
 from kdfast import backends  # noqa: E402
 from support import cast  # noqa: E402
@@ -18,10 +19,12 @@ from support import cast  # noqa: E402
 SIZES = (40, 64, 1000, 8192, 16000)  # a width for each way to lay rows on programs; the sanitizers are slow
 
 
-def forced(op: str) -> tuple[str, ...]:
-    """Backends that run where they are asked for, of an op whose every call they take."""
-    able = op == "graph" and backends.can_run(backends.CUDA, op, "cuda")[0]
-    return (backends.CUDA,) if able else ()
+def ways(op: str) -> dict[str, AbstractContextManager[None]]:
+    """The kernels that run by default, and those that take every call of ``op`` where they are asked for."""
+    found = {"default": backends.use(backends.AUTO)}
+    if op == "graph" and backends.can_run(backends.CUDA, op, "cuda")[0]:
+        found |= {launcher: graphs_by(launcher) for launcher in ("select", "product")}
+    return found
 
 
 def main() -> int:
@@ -31,11 +34,11 @@ def main() -> int:
             if call.width not in SIZES:
                 continue
             inputs, options = call.arguments()
-            for backend in (backends.AUTO, *forced(op)):
-                with backends.use(backend):
+            for name, way in ways(op).items():
+                with way:
                     results = step(call.function, cast({**inputs, **options}, torch.bfloat16, device="cuda"))()
                 torch.cuda.synchronize()
-                assert all(result.isfinite().all() for result in results), f"{op}, {backend}: {call}"
+                assert all(result.isfinite().all() for result in results), f"{op}, {name}: {call}"
                 done += 1
     print(f"{done} calls")
     return 0 if done else 1

@@ -1,11 +1,11 @@
-"""The selection of graphs from tiles of cuBLAS, which runs where it is forced."""
+"""The selection of graphs from tiles of cuBLAS, which runs where it is forced, and that in a product of our own."""
 
 from __future__ import annotations
 
 import configurations
 import pytest
 import torch
-from cuda_support import arguments_of, assert_same_bits, captured, step, waiting_is_an_error
+from cuda_support import arguments_of, assert_same_bits, captured, graphs_by, step, waiting_is_an_error
 
 import kdfast
 from kdfast import backends, reference
@@ -15,15 +15,18 @@ pytestmark = pytest.mark.gpu
 
 METRICS = ("cosine", "dot", "euclidean")
 every_metric = pytest.mark.parametrize("metric", METRICS)
-every_dtype = pytest.mark.parametrize("dtype", configurations.DTYPES, ids=str)
+HALF = (torch.bfloat16, torch.float16)
+TYPES = [*(("select", dtype) for dtype in configurations.DTYPES), *(("product", dtype) for dtype in HALF)]
+every_type = pytest.mark.parametrize("launcher, dtype", TYPES, indirect=["launcher"], ids=str)
+every_launcher = pytest.mark.parametrize("launcher", ["select", "product"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def forced():
+def launcher(request):
     able, reason = backends.can_run(backends.CUDA, "graph", "cuda")
     if not able:
         pytest.skip(reason)
-    with backends.use(backends.CUDA):
+    with graphs_by(getattr(request, "param", "select")):
         yield
 
 
@@ -31,7 +34,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to("cuda", dtype)
 
 
-@every_dtype
+@every_type
 @pytest.mark.parametrize("call", configurations.graph(), ids=str)
 def test_every_configuration_keeps_the_rule_and_gives_the_same_bits_twice(call, dtype):
     inputs, options = call.arguments()
@@ -48,7 +51,7 @@ def test_few_rows_in_any_layout(name, layout):
         assert_parity(name, inputs, options, torch.float32, seed=seed, layout=layout, device="cuda")
 
 
-@every_dtype
+@every_type
 @every_metric
 def test_several_tiles_either_way_find_the_reference_s_neighbours(metric, dtype):
     """Integers, whose products are exact, so that ties are where they are in the reference."""
@@ -66,7 +69,7 @@ def test_several_tiles_either_way_find_the_reference_s_neighbours(metric, dtype)
             torch.testing.assert_close(found.values.double(), expected.values, rtol=1e-6, atol=1e-6)
 
 
-@every_dtype
+@every_type
 @every_metric
 def test_equal_rows_have_equal_bits_whichever_tile_they_are_in(metric, dtype):
     """Products of every size that cuBLAS may choose another way to sum for."""
@@ -79,8 +82,9 @@ def test_equal_rows_have_equal_bits_whichever_tile_they_are_in(metric, dtype):
         assert (indices.diff(dim=1)[same] > 0).all()
 
 
-def test_rows_of_nan_and_missing_negatives():
-    x = normal(5000, 30)
+@every_type
+def test_rows_of_nan_and_missing_negatives(dtype):
+    x = normal(5000, 30, dtype=dtype)
     x[50, 3] = torch.nan
     labels = torch.zeros(5000, dtype=torch.int64, device="cuda")
     labels[[7, 4000]] = -3
@@ -88,7 +92,8 @@ def test_rows_of_nan_and_missing_negatives():
         values, indices = kdfast.similarity_graph(x, 9, metric=metric)
         assert values[50].isnan().all() and indices[50].tolist() == list(range(9))
         assert not values[torch.arange(5000) != 50].isnan().any()
-        fast, expected = (module.hardest_negatives(x, labels, 4, metric=metric) for module in (kdfast, reference))
+        fast = kdfast.hardest_negatives(x, labels, 4, metric=metric)
+        expected = reference.hardest_negatives(x.double(), labels, 4, metric=metric)
         found = torch.arange(5000) != 50
         assert torch.equal(fast.indices[found], expected.indices[found])
 
@@ -101,6 +106,7 @@ def test_distances_of_near_rows_far_from_the_origin_keep_their_order():
     assert torch.equal(found.indices, expected.indices)
 
 
+@every_launcher
 @every_metric
 def test_two_runs_give_the_same_bits_and_nothing_waits(metric):
     arguments = arguments_of("similarity_graph", torch.bfloat16, leading=(9000,), width=128, metric=metric, k=20)
@@ -111,6 +117,7 @@ def test_two_runs_give_the_same_bits_and_nothing_waits(metric):
     assert_same_bits(first, second)
 
 
+@every_launcher
 def test_a_captured_graph_replays():
     run = step("similarity_graph", arguments_of("similarity_graph", torch.bfloat16, leading=(5000,), width=64, k=20))
     expected = run()
@@ -120,6 +127,7 @@ def test_a_captured_graph_replays():
     assert_same_bits(results, expected)
 
 
+@every_launcher
 def test_the_matrix_is_never_stored():
     x = normal(30000, 32, dtype=torch.bfloat16)
     kdfast.similarity_graph(x[:5000], 20)
@@ -127,3 +135,14 @@ def test_the_matrix_is_never_stored():
     torch.cuda.reset_peak_memory_stats()
     kdfast.similarity_graph(x, 20)
     assert torch.cuda.max_memory_allocated() - before < 4 * len(x) ** 2 / 20
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@every_metric
+def test_a_pair_has_the_same_bits_for_both_of_its_rows(metric, dtype):
+    """One half of the matrix is multiplied: tensor cores must treat both operands of a product alike."""
+    with graphs_by("product"):
+        for n, width in ((100, 40), (129, 512)):
+            values, indices = kdfast.similarity_graph(normal(n, width, dtype=dtype), n - 1, metric=metric)
+            matrix = torch.zeros(n, n, device="cuda").scatter(1, indices, values)
+            assert torch.equal(matrix, matrix.T)

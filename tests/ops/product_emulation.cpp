@@ -14,8 +14,9 @@ namespace {
 struct Readable {
   const char *begin, *end;
 };
-std::vector<Readable> readable;                   // where copies may read
+std::vector<Readable> readable;                       // where copies may read
 std::vector<const void*> copied[8 * fibers::kLanes];  // by each thread, and not yet looked at
+Readable lists[8];                                    // where each warp may store
 
 void may_read(const void* x, int bytes) {
   const char* first = static_cast<const char*>(x);
@@ -101,6 +102,8 @@ int32_t next_place(int32_t* counter) { return (*counter)++; }
 int anew(int x) { return x; }
 void store_8(bool wanted, void* shared, float x, int32_t y) {
   if (!wanted) return;
+  const Readable& list = lists[fibers::current / fibers::kLanes];
+  if (shared < list.begin || list.end < static_cast<char*>(shared) + 8) fibers::fail("a list is full");
   std::memcpy(shared, &x, 4);
   std::memcpy(static_cast<char*>(shared) + 4, &y, 4);
 }
@@ -113,62 +116,67 @@ namespace {
 
 using namespace kdfast::gpu;
 
-template <class Thread>
+template <int ROWS, class Thread>
 void run(const ProductArguments& p, int64_t blocks, Thread thread) {
   const Factors& f = p.factors;
-  const auto range = [&](const uint16_t* x, int64_t rows) {
-    return Readable{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(x + rows * f.width)};
+  const auto range = [](const auto* begin, const auto* end) {
+    return Readable{reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end)};
   };
-  readable = {range(f.x, f.n), range(f.y, f.m)};
+  readable = {range(f.x, f.x + static_cast<int64_t>(f.n) * f.width), range(f.y, f.y + static_cast<int64_t>(f.m) * f.width)};
   struct alignas(128) Memory {
-    unsigned char bytes[sizeof(HitsMemory)];
+    unsigned char bytes[sizeof(HitsMemory<ROWS>)];
   };
   const auto memory = std::make_unique<Memory>();
+  auto& shared = *reinterpret_cast<HitsMemory<ROWS>*>(memory->bytes);
+  for (int warp = 0; warp < kTileWarps<ROWS>; ++warp) lists[warp] = range(shared.listed[warp], shared.listed[warp + 1]);
   for (int64_t block = 0; block < blocks; ++block) {
-    std::memset(memory->bytes, 0xff, sizeof(HitsMemory));  // NaN
-    auto& shared = *reinterpret_cast<HitsMemory*>(memory->bytes);
-    fibers::run_block(kTileWarps, block % 2 == 1, [&](int t) { thread(shared, block, t); });
+    std::memset(memory->bytes, 0xff, sizeof(memory->bytes));  // NaN
+    fibers::run_block(kTileWarps<ROWS>, block % 2 == 1, [&](int t) { thread(shared, block, t); });
   }
 }
 
-template <bool BFLOAT16, int METRIC>
+template <bool BFLOAT16, int METRIC, int ROWS>
 void run(const BoundsArguments& s) {
-  run(s.product, static_cast<int64_t>(tiles_of(s.product.factors.n)) * s.splits,
-      [&](HitsMemory& memory, int64_t block, int thread) {
-        graph_bounds<BFLOAT16, METRIC>(s, memory.stages, static_cast<int>(block), thread);
-      });
+  run<ROWS>(s.product, static_cast<int64_t>(tiles_of(s.product.factors.n, ROWS)) * s.splits,
+            [&](HitsMemory<ROWS>& memory, int64_t block, int thread) {
+              graph_bounds<BFLOAT16, METRIC, ROWS>(s, memory.stages, static_cast<int>(block), thread);
+            });
 }
-template <bool BFLOAT16, int METRIC>
+template <bool BFLOAT16, int METRIC, int ROWS>
 void run(const HitsArguments& s) {
-  run(s.product, hits_blocks(s), [&](HitsMemory& memory, int64_t block, int thread) {
-    graph_hits<BFLOAT16, METRIC>(s, memory, block, thread);
+  run<ROWS>(s.product, hits_blocks<ROWS>(s), [&](HitsMemory<ROWS>& memory, int64_t block, int thread) {
+    graph_hits<BFLOAT16, METRIC, ROWS>(s, memory, block, thread);
   });
 }
 
+template <bool BFLOAT16, int METRIC, class Arguments>
+void run(int rows, const Arguments& s) {
+  rows == 128 ? run<BFLOAT16, METRIC, 128>(s) : run<BFLOAT16, METRIC, 256>(s);
+}
 template <bool BFLOAT16, class Arguments>
-void run(int metric, const Arguments& s) {
-  if (metric == kCosine) run<BFLOAT16, kCosine>(s);
-  if (metric == kDot) run<BFLOAT16, kDot>(s);
-  if (metric == kEuclidean) run<BFLOAT16, kEuclidean>(s);
+void run(int metric, int rows, const Arguments& s) {
+  if (metric == kCosine) run<BFLOAT16, kCosine>(rows, s);
+  if (metric == kDot) run<BFLOAT16, kDot>(rows, s);
+  if (metric == kEuclidean) run<BFLOAT16, kEuclidean>(rows, s);
 }
 template <class Arguments>
-void run(bool bfloat16, int metric, const Arguments& s) {
-  bfloat16 ? run<true>(metric, s) : run<false>(metric, s);
+void run(bool bfloat16, int metric, int rows, const Arguments& s) {
+  bfloat16 ? run<true>(metric, rows, s) : run<false>(metric, rows, s);
 }
 
 }  // namespace
 
 extern "C" void graph_bounds_on_cpu(const uint16_t* x, const uint16_t* y, const float* a, const float* b,
                                     const int64_t* labels, float* bins, int32_t n, int32_t m, int32_t width,
-                                    int32_t stride, int32_t splits, bool itself, bool bfloat16, int metric) {
-  run(bfloat16, metric, BoundsArguments{{{x, y, n, m, width}, a, b, labels, itself}, bins, stride, splits});
+                                    int32_t stride, int32_t splits, bool itself, bool bfloat16, int metric, int rows) {
+  run(bfloat16, metric, rows, BoundsArguments{{{x, y, n, m, width}, a, b, labels, itself}, bins, stride, splits});
 }
 
 extern "C" void graph_hits_on_cpu(const uint16_t* x, const uint16_t* y, const float* a, const float* b,
                                   const int64_t* labels, const float* limits, int32_t* counts, int64_t* found, int32_t n,
                                   int32_t m, int32_t width, int32_t capacity, bool itself, bool symmetric, bool bfloat16,
-                                  int metric) {
-  run(bfloat16, metric,
+                                  int metric, int rows) {
+  run(bfloat16, metric, rows,
       HitsArguments{{{x, y, n, m, width}, a, b, labels, itself}, limits, counts, found, capacity, symmetric});
 }
 

@@ -1,4 +1,4 @@
-"""``torch.ops.kdfast.graph_bounds`` and ``graph_hits`` on the CPU: the kernels' own source with product_emulation.cpp."""
+"""``torch.ops.kdfast.graph_bounds`` and ``graph_hits`` on the CPU: the kernels' own source, product_emulation.cpp."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ def graph_bounds(
     metric: int,
     itself: bool,
     stride: int,
+    rows: int,
 ) -> None:
     checked(x, y, a, b, labels, bins)
     library = emulation.library("product_emulation")
     of_a_block = library.bins_of_a_block_on_cpu()
-    assert bins.shape[0] == len(x) and bins.shape[1] % of_a_block == 0
+    assert rows in (128, 256) and bins.shape[0] == len(x) and bins.shape[1] % of_a_block == 0
     library.graph_bounds_on_cpu(
-        *map(pointer, (x, y, a, b, labels, bins)), *map(c_int32, (len(x), len(y), x.shape[1], stride)),
-        c_int32(bins.shape[1] // of_a_block), c_bool(itself), c_bool(x.dtype == torch.bfloat16), c_int(metric),
+        *map(pointer, (x, y, a, b, labels, bins)),
+        *map(c_int32, (len(x), len(y), x.shape[1], stride, bins.shape[1] // of_a_block)),
+        *map(c_bool, (itself, x.dtype == torch.bfloat16)), c_int(metric), c_int(rows),
     )  # fmt: skip
 
 
@@ -52,13 +54,14 @@ def graph_hits(
     metric: int,
     itself: bool,
     symmetric: bool,
+    rows: int,
 ) -> None:
     checked(x, y, a, b, labels, limits, counts, found)
     assert not symmetric or x.data_ptr() == y.data_ptr()
     emulation.library("product_emulation").graph_hits_on_cpu(
         *map(pointer, (x, y, a, b, labels, limits, counts, found)),
         *map(c_int32, (len(x), len(y), x.shape[1], found.shape[1])),
-        *map(c_bool, (itself, symmetric, x.dtype == torch.bfloat16)), c_int(metric),
+        *map(c_bool, (itself, symmetric, x.dtype == torch.bfloat16)), c_int(metric), c_int(rows),
     )  # fmt: skip
 
 

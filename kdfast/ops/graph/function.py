@@ -49,10 +49,12 @@ define(
 def _graph_cuda(
     features: Tensor, keys: Tensor | None, labels: Tensor | None, k: int, metric: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    from kdfast.ops.graph import select, triton_kernels  # need triton, which a machine without a GPU may lack
+    from kdfast.ops.graph import product, select, triton_kernels  # need triton, which a machine without a GPU may lack
 
-    faster = select.is_faster(features, keys, k, metric)
-    launchers = select if backends.prefers_cuda("graph", features, faster) else triton_kernels
+    # Asked for by name, 'cuda' is ``select``, which takes every dtype and metric.
+    fastest = product if product.is_faster(features, keys, k, metric) and backends.is_forced(backends.AUTO) else select
+    faster = fastest.is_faster(features, keys, k, metric)
+    launchers = fastest if backends.prefers_cuda("graph", features, faster) else triton_kernels
     return launchers.graph(features, keys, labels, k, metric, *options)
 
 

@@ -448,10 +448,7 @@ def graph(
         shared |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         rows = triton.cdiv(n, tile.bm)
         _bounds_kernel[(rows, BINS_SPLITS)](*factors, a, b, labels, bins, n, m, width, stride, **shared)
-        _limits_kernel[(n,)](
-            bins, limits, a, largest, k, rounding(width, x.dtype, ieee),
-            METRIC=metric, EXACT=exact, BINS=bins.shape[1], num_warps=ROW_WARPS,
-        )  # fmt: skip
+        limit(bins, limits, a, largest, k, rounding(width, x.dtype, ieee), metric, exact)
         _hits_kernel[(rows * triton.cdiv(m, tile.bn),)](
             *factors, a, b, labels, limits, counts, found, capacity, n, m, width, **shared
         )
@@ -465,6 +462,15 @@ def centred(x: Tensor, y: Tensor, metric: int) -> tuple[Tensor, Tensor]:
         return x, y
     centre = y.nan_to_num(0, 0, 0).mean(dim=0)
     return (x - centre, y - centre) if x is not y else (x - centre,) * 2
+
+
+def limit(
+    bins: Tensor, limits: Tensor, a: Tensor, largest: Tensor | None, k: int, error: float, metric: int, exact: bool
+) -> None:
+    """``limits`` of rows from their ``bins``, a power of 2 of them."""
+    _limits_kernel[(len(bins),)](
+        bins, limits, a, largest, k, error, METRIC=metric, EXACT=exact, BINS=bins.shape[1], num_warps=ROW_WARPS
+    )
 
 
 def finish(

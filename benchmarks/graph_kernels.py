@@ -1,0 +1,136 @@
+"""The steps of our own product for similarity graphs on a GPU: both tiles, every stride, number of bins and buffer.
+
+``python benchmarks/graph_kernels.py`` writes ``benchmarks/results/<gpu>-graph-kernels.json``, from which ``ROWS``,
+``SELECTIONS`` and ``FASTER`` in kdfast/ops/graph/product.py are chosen: the launcher's time and that of each of its
+kernels, the hits of a row, and how many rows have more than there is room for, beside the bare product and the other
+launchers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import product as combinations
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import harness
+from kdfast.ops.graph import METRICS, product, select, triton_kernels
+from kdfast.ops.graph.product import Selection
+
+SHAPES = ((4096, 512), (8192, 128), (16384, 512), (65536, 128))
+ROWS = (128, 256)
+NEIGHBOURS = (20, 64, 128)
+STRIDES = (2, 4, 8)
+BINS = (128, 256, 512)
+CAPACITIES = (256, 512, 1024)
+COUNTS = 6  # which argument of graph_hits they are
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=4, rep=14, return_mode="median"))
+
+
+def graph(launcher: Any, features: Tensor, k: int) -> Any:
+    return launcher.graph(features, None, None, k, METRICS["cosine"], False, True)
+
+
+def lines(k: int) -> list[Selection]:
+    """Buffers with room for half as many hits again as are expected."""
+    tables = combinations(STRIDES, BINS, CAPACITIES)
+    return [Selection(k, *line) for line in tables if line[1] >= 2 * k and line[2] >= 1.5 * line[0] * k]
+
+
+class Steps(TorchDispatchMode):
+    """Notes the kernels of a launch, to be run again each on its own, on what the others left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Callable[[], object]] = {}
+        self.counts: Tensor | None = None
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function is torch.ops.kdfast.graph_bounds.default:
+            self.found["bounds"] = partial(function, *arguments)
+        if function is torch.ops.kdfast.graph_hits.default:
+            self.counts = arguments[COUNTS]
+            self.found["zeros and hits"] = lambda: (self.counts.zero_(), function(*arguments))
+        return function(*arguments, **(named or {}))
+
+    def noted(self, name: str) -> Callable[..., object]:
+        function = getattr(triton_kernels, name)
+
+        def note(*arguments: Any) -> object:
+            self.found[name] = partial(function, *arguments)
+            return function(*arguments)
+
+        return note
+
+
+def steps(features: Tensor, k: int) -> Steps:
+    made = Steps()
+    names = ("coefficients", "limit", "finish")
+    with mock.patch.multiple(triton_kernels, **{name: made.noted(name) for name in names}), made:
+        graph(product, features, k)
+    return made
+
+
+def record(features: Tensor, rows: int, line: Selection) -> dict[str, Any]:
+    with mock.patch.multiple(product, ROWS=rows, SELECTIONS=(line,)):
+        made = steps(features, line.k)
+        counts = made.counts
+        assert counts is not None
+        return {
+            "rows of a tile": rows,
+            **line._asdict(),
+            "stride": product.selection(line.k, len(features)).stride,
+            "ms": milliseconds(partial(graph, product, features, line.k)),
+            "hits of a row": float(counts.float().mean()),
+            "rows without room": int((counts > line.capacity).sum()),
+            "steps": {name: milliseconds(step) for name, step in made.found.items()},
+        }
+
+
+def bare_product(features: Tensor) -> Callable[[], object]:
+    """In blocks of rows, as benchmarks/graph.py has it."""
+    blocks = features.split(2048)
+    out = torch.empty(len(blocks[0]), len(features), dtype=features.dtype, device="cuda")
+    return lambda: [torch.mm(block, features.T, out=out[: len(block)]) for block in blocks]
+
+
+def measure() -> list[dict[str, Any]]:
+    records = []
+    for n, width in SHAPES:
+        features = torch.randn(n, width, device="cuda", dtype=torch.bfloat16)
+        for k in NEIGHBOURS:
+            others = {"select": select, "triton": triton_kernels}
+            entry: dict[str, Any] = {"shape": (n, width), "k": k, "x @ x.T ms": milliseconds(bare_product(features))}
+            entry |= {f"{name} ms": milliseconds(partial(graph, other, features, k)) for name, other in others.items()}
+            found = [record(features, rows, line) for rows in ROWS for line in lines(k)]
+            entry["product"] = sorted(found, key=lambda one: one["ms"])
+            records.append(entry)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device")
+    environment = harness.environment(torch.device("cuda"))
+    path = options.output or harness.RESULTS / f"{harness.machine(environment)}-graph-kernels.json"
+    harness.save({"environment": environment, "shapes": measure()}, path)
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()
