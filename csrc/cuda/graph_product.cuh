@@ -39,11 +39,11 @@ __device__ __forceinline__ float coefficient(const float* of, int i) {
 
 struct BoundsArguments {
   ProductArguments product;
-  float* bins;              // (rows, kBins * splits)
-  int32_t stride, splits;   // every how many tiles are looked at; blocks that share a row's
+  float* bins;             // (rows, kBins * splits)
+  int32_t stride, splits;  // every how many tiles are looked at; blocks that share a row's
 };
 
-constexpr int kBinned = 2;                                // bins of a row that one thread has
+constexpr int kBinned = 2;                                 // bins of a row that one thread has
 constexpr int kBins = kColumns / kWarpTile * 4 * kBinned;  // of a row that one block has, 8 columns of a tile each
 
 // bins[row, kBins * split + i]: the largest similarity in bin i of every stride-th tile of a split. A NaN is not larger.
@@ -242,7 +242,8 @@ __device__ __forceinline__ void graph_hits(const HitsArguments& s, HitsMemory<RO
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const unsigned lanes = ballot(candidate[e]);
-          store_8(candidate[e], &listed[size + count(lanes & below)], sums[i][j][2 * h + e], place + kColumns * (16 * i + 8 * h) + 8 * j + e);
+          store_8(candidate[e], &listed[size + count(lanes & below)], sums[i][j][2 * h + e],
+                  place + (kColumns * (16 * i + 8 * h) + 8 * j + e));
           size += count(lanes);
         }
       }

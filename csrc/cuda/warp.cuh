@@ -78,12 +78,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], const voi
 template <bool BFLOAT16>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&rows)[4], uint32_t near, uint32_t far) {
   if constexpr (BFLOAT16)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(near), "r"(far));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(near), "r"(far));
@@ -92,7 +94,8 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&
 // A place of one's own among those that all blocks count; in which order they come differs from run to run.
 __device__ __forceinline__ int32_t next_place(int32_t* counter) { return atomicAdd(counter, 1); }
 
-// Two numbers to shared memory, where they are wanted. A predicate, as few lanes do: a branch that parts the warp costs more.
+// Two numbers to shared memory, where they are wanted. A predicate: a branch that parts the warp costs more than what it
+// would leave out.
 __device__ __forceinline__ void store_8(bool wanted, void* shared, float x, int32_t y) {
   asm volatile(
       "{\n"
