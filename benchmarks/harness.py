@@ -69,7 +69,9 @@ class Case:
     floors: dict[str, Callable[[], object]]  # what no implementation can be faster than, timed in the same rounds
     floor_bytes: int  # what has to be read and written at least
     ours: tuple[str, ...] = ("kdfast",)
-    peers: frozenset[str] = frozenset()  # other libraries: one that is wrong or fails is left out, and why written down
+    # Other libraries, and of our own what has not been proven yet: one that is wrong or fails is left out, and why is
+    # written down.
+    peers: frozenset[str] = frozenset()
     term_size: float = 1.0  # size of the summed terms of the value, where they may cancel
     sampled: Tensor | None = None  # rows of the value that are checked, where the truth of all takes too long
     matrix_bytes: int | None = None  # of one N x N matrix, where that is what a loss may or may not hold
@@ -239,10 +241,11 @@ def compare(p50: dict[str, float], case: Case) -> dict[str, Any]:
         present = [name for name in group if name in p50]
         if present:
             fastest[column] = min(present, key=p50.__getitem__)
+    ours = [name for name in case.ours if name in p50]
     return {
         "fastest": fastest,
-        "speedup": {o: {column: p50[name] / p50[o] for column, name in fastest.items()} for o in case.ours},
-        "over_floor": {o: {floor: p50[o] / p50[floor] for floor in case.floors} for o in case.ours},
+        "speedup": {o: {column: p50[name] / p50[o] for column, name in fastest.items()} for o in ours},
+        "over_floor": {o: {floor: p50[o] / p50[floor] for floor in case.floors} for o in ours},
     }
 
 

@@ -143,6 +143,15 @@ def test_a_wrong_peer_is_left_out_and_its_error_written_down():
     assert "left out: value: error 0.01" in tables.markdown(*tables.candidates(result_of(record)))
 
 
+def test_what_is_ours_and_not_proven_is_left_out_of_the_ratios_too():
+    case = dataclasses.replace(
+        with_candidate(small_case(), wrong_value), ours=("kdfast", "other"), peers=frozenset({"other"})
+    )
+    record = harness.measure(case, budget=0)
+    assert record["speedup"].keys() == record["over_floor"].keys() == {"kdfast"}
+    assert "other" in record["refused"]
+
+
 def test_a_peer_that_fails_is_left_out_and_our_own_stops_the_measurement():
     def does_not_compile(student_logits, teacher_logits):
         raise RuntimeError("no such instruction")
