@@ -8,11 +8,9 @@ launchers.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import product as combinations
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness
+from graph import floors
+from harness import milliseconds
 from kdfast.ops.graph import METRICS, product, select, triton_kernels
 from kdfast.ops.graph.product import Selection
 
@@ -31,12 +31,6 @@ STRIDES = (2, 4, 8)
 BINS = (128, 256, 512)
 CAPACITIES = (256, 512, 1024)
 COUNTS = 6  # which argument of graph_hits they are
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(run, warmup=4, rep=14, return_mode="median"))
 
 
 def graph(launcher: Any, features: Tensor, k: int) -> Any:
@@ -99,20 +93,14 @@ def record(features: Tensor, rows: int, line: Selection) -> dict[str, Any]:
         }
 
 
-def bare_product(features: Tensor) -> Callable[[], object]:
-    """In blocks of rows, as benchmarks/graph.py has it."""
-    blocks = features.split(2048)
-    out = torch.empty(len(blocks[0]), len(features), dtype=features.dtype, device="cuda")
-    return lambda: [torch.mm(block, features.T, out=out[: len(block)]) for block in blocks]
-
-
 def measure() -> list[dict[str, Any]]:
     records = []
     for n, width in SHAPES:
         features = torch.randn(n, width, device="cuda", dtype=torch.bfloat16)
         for k in NEIGHBOURS:
             others = {"select": select, "triton": triton_kernels}
-            entry: dict[str, Any] = {"shape": (n, width), "k": k, "x @ x.T ms": milliseconds(bare_product(features))}
+            entry: dict[str, Any] = {"shape": (n, width), "k": k}
+            entry["x @ x.T ms"] = milliseconds(floors(features)["x @ x.T"])
             entry |= {f"{name} ms": milliseconds(partial(graph, other, features, k)) for name, other in others.items()}
             found = [record(features, rows, line) for rows in ROWS for line in lines(k)]
             entry["product"] = sorted(found, key=lambda one: one["ms"])
@@ -120,17 +108,5 @@ def measure() -> list[dict[str, Any]]:
     return records
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device")
-    environment = harness.environment(torch.device("cuda"))
-    path = options.output or harness.RESULTS / f"{harness.machine(environment)}-graph-kernels.json"
-    harness.save({"environment": environment, "shapes": measure()}, path)
-    print(f"Written: {path}")
-
-
 if __name__ == "__main__":
-    main()
+    harness.main_of_kernels(__file__, __doc__, lambda: {"shapes": measure()})

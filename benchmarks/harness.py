@@ -396,6 +396,26 @@ def main(script: str, cases: Callable[[Options], list[Callable[[], Case]]], budg
         print(f"Written: {path}")
 
 
+def milliseconds(run: Callable[[], object]) -> float:
+    """What a kernel alone takes on a GPU."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=4, rep=14, return_mode="median"))
+
+
+def main_of_kernels(script: str, description: str | None, measure: Callable[[], dict[str, Any]]) -> None:
+    """Command line of ``script``, which measures kernels alone on a GPU: saves what ``measure`` returns."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device")
+    result = environment(torch.device("cuda"))
+    path = options.output or RESULTS / f"{machine(result)}-{Path(script).stem.replace('_', '-')}.json"
+    save({"environment": result, **measure()}, path)
+    print(f"Written: {path}")
+
+
 def save(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,20 +7,19 @@ launch, beside a device copy of as many bytes: two reads and one write.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import harness
+from harness import milliseconds
 from kdfast import backends
 from kdfast.ops.kl.function import KINDS, Options
 from kdfast.ops.sizes import next_power_of_2
@@ -91,12 +90,6 @@ def compiled(job: Job) -> tuple[int, int] | str:
     return newest.n_regs, newest.n_spills
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(run, warmup=4, rep=14, return_mode="median"))
-
-
 def copy_of(rows: int, classes: int, dtype: str) -> Callable[[], object]:
     source, target = torch.zeros(2, 3 * rows * classes // 2, dtype=DTYPES[dtype], device="cuda")
     return partial(target.copy_, source)
@@ -138,17 +131,5 @@ def by_backend() -> list[dict[str, Any]]:
     return records
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device")
-    environment = harness.environment(torch.device("cuda"))
-    path = options.output or harness.RESULTS / f"{harness.machine(environment)}-kl-kernels.json"
-    harness.save({"environment": environment, "backends": by_backend(), "tiles": tiled(jobs())}, path)
-    print(f"Written: {path}")
-
-
 if __name__ == "__main__":
-    main()
+    harness.main_of_kernels(__file__, __doc__, lambda: {"backends": by_backend(), "tiles": tiled(jobs())})

@@ -22,10 +22,6 @@ using torch::stable::Tensor;
 
 bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
-char* row_of(const Tensor& x, int64_t row) {
-  return static_cast<char*>(x.data_ptr()) + row * x.size(1) * (is_double(x) ? 8 : 4);
-}
-
 Panel panel_of(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& student_factor,
                const Tensor& teacher_factor, int64_t first) {
   STD_TORCH_CHECK(student.dim() == 2 && student.is_contiguous() && student.size(1) == first + student.size(0),
@@ -74,12 +70,12 @@ Tensor pkt_panel(Tensor student, const Tensor& teacher, const Tensor& student_fa
 
 Tensor similarity_rows(const Tensor& student, Tensor teacher, bool needs_grad) {
   STD_TORCH_CHECK(student.is_contiguous() && teacher.is_contiguous(), "kdfast: rows of similarities must be contiguous");
-  const int64_t rows = student.size(0), columns = student.size(1);
+  const Rows s = rows_of(student), t = rows_of(teacher);
   const auto kernel = KDFAST_SELECT_LEVEL(relation_kernels).similarity_row[is_double(student)];
-  Tensor distances = empty({rows}, ScalarType::Double);
+  Tensor distances = empty({s.count}, ScalarType::Double);
   double* distance = static_cast<double*>(distances.data_ptr());
-  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) distance[r] = kernel(row_of(student, r), row_of(teacher, r), columns, needs_grad);
+  torch::stable::parallel_for(0, s.count, grain(s.classes), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) distance[r] = kernel(s.row(r), t.row(r), s.classes, needs_grad);
   });
   return distances;
 }
@@ -144,12 +140,13 @@ Tensor sum_of_rows(const Tensor& x, const Tensor& weight) {
 
 // <x_i, vector>, (rows).
 Tensor products_of_rows(const Tensor& x, const Tensor& vector) {
-  const int64_t rows = x.size(0), width = x.size(1);
+  const Rows rows = rows_of(x);
   const auto kernel = KDFAST_SELECT_LEVEL(relation_rows).product[is_double(x)];
-  Tensor products = empty({rows}, ScalarType::Double);
-  torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      static_cast<double*>(products.data_ptr())[i] = kernel(row_of(x, i), static_cast<const double*>(vector.data_ptr()), width);
+  Tensor products = empty({rows.count}, ScalarType::Double);
+  const double* v = static_cast<const double*>(vector.data_ptr());
+  double* product = static_cast<double*>(products.data_ptr());
+  torch::stable::parallel_for(0, rows.count, grain(rows.classes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) product[i] = kernel(rows.row(i), v, rows.classes);
   });
   return products;
 }
@@ -157,16 +154,17 @@ Tensor products_of_rows(const Tensor& x, const Tensor& vector) {
 void back_through_norms(Tensor grad, const Tensor& x, std::optional<Tensor> factor, std::optional<Tensor> divisor,
                         const Tensor& radial, std::optional<Tensor> share, std::optional<Tensor> summed,
                         std::optional<Tensor> weighted, double slope) {
-  const int64_t width = x.size(1);
+  STD_TORCH_CHECK(grad.is_contiguous(), "kdfast: the gradient is written in place");
+  const Rows rows = rows_of(x), gradients = rows_of(grad);
   const Storage storage = storage_of(x);
   const auto kernel = KDFAST_SELECT_LEVEL(relation_rows).back[is_double(x)];
   const auto vector = [](const std::optional<Tensor>& v) { return v ? static_cast<const double*>(v->data_ptr()) : nullptr; };
   const auto number = [&](const std::optional<Tensor>& of_rows, int64_t i) {
     return of_rows ? load_scalar(of_rows->data_ptr(), i, storage) : 1.0;
   };
-  torch::stable::parallel_for(0, x.size(0), grain(width), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows.count, grain(rows.classes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      kernel(row_of(grad, i), row_of(x, i), width,
+      kernel(gradients.row(i), rows.row(i), rows.classes,
              {number(factor, i), number(divisor, i), number(radial, i), share ? vector(share)[i] : 0.0, slope,
               vector(summed), vector(weighted)});
   });
