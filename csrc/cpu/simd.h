@@ -40,11 +40,15 @@ template <> struct Simd<float> {
   typedef uint32_t UInt __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
   static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the mantissa's low bits
-  // 2^r - 1 over r, smallest largest relative error of 2^r (Remez). For 0 <= r < 1: 2.0e-9; for |r| <= 1/2: 2.6e-9.
+  // 2^r - 1 over r, smallest largest relative error of 2^r (Remez): 1.6e-9 for |r| <= 1/32, 2.6e-9 for |r| <= 1/2.
 #if defined(__AVX512F__)
-  static constexpr float exp2_terms[] = {0.6931470444434f,    0.2402293055517f,    0.05548528062018f,
-                                         0.009675451565217f,  0.001246784645077f,  0.0002161291496956f};
+  // Bits of 2^(j / 16), less the j * 2^19 that are added with k * 2^19 for k = j mod 16.
+  static constexpr int32_t exp2_steps[] = {
+      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  static constexpr float exp2_terms[] = {0.693147182667f, 0.240234288014f, 0.0555021365025f};
 #else
+  static constexpr int32_t exp2_steps[] = {0x3f800000};
   static constexpr float exp2_terms[] = {0.693147214968f,  0.240226527829f,   0.0555031055101f,
                                          0.00961769297299f, 0.00134066439024f, 0.000155946781663f};
 #endif
@@ -61,11 +65,14 @@ template <> struct Simd<double> {
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
   static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
 #if defined(__AVX512F__)
-  static constexpr double exp2_terms[] = {  // 3.2e-18
-      0.69314718055994592839,    0.24022650695906330315,    0.055504108665602238723,    0.0096181290995508956128,
-      0.0013333558629562675936,  0.00015403512309733948746, 0.00001525317505379524616,  1.3208367308220049348e-6,
-      1.025321230405209001e-7,   6.5595298355172712178e-9,  6.2634652734225902742e-10};
+  static constexpr int64_t exp2_steps[] = {  // of 2^(j / 8), less j * 2^49
+      0x3ff0000000000000, 0x3fef72b83c7d517b, 0x3fef06fe0a31b715, 0x3feebfdad5362a27,
+      0x3feea09e667f3bcd, 0x3feeace5422aa0db, 0x3feee89f995ad3ad, 0x3fef5818dcfba487};
+  static constexpr double exp2_terms[] = {  // 2.8e-18
+      0.69314718055994531811,   0.24022650695911516039,   0.055504108664802357744,   0.0096181290851788485839,
+      0.0013333558238922776175, 0.00015404521943885496727, 0.000015251844767898281727};
 #else
+  static constexpr int64_t exp2_steps[] = {0x3ff0000000000000};
   static constexpr double exp2_terms[] = {  // 1.8e-17
       0.69314718055994569675,    0.24022650695910098007,    0.055504108664790394552,   0.0096181291076070023796,
       0.0013333558153439964747,  0.0001540353044157213033,  0.000015252727385193868197, 1.3215442675329822143e-6,
@@ -177,42 +184,39 @@ KDFAST_INLINE void store_tail(double* p, int64_t n, Vec<double> v) {
 
 template <class V> KDFAST_INLINE V max(V a, V b) { return a > b ? a : b; }
 
+// exp2_steps[i mod their number]: one step, or as many as fill a register (in the form for which GCC 12 does not warn of
+// its own header).
 #if defined(__AVX512F__)
-// x - floor(x), by the form for which GCC 12 does not warn of its own header; and v * 2^floor(x), 0 where x is below
-// ``lowest``: one instruction each.
-constexpr int kDownwards = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-KDFAST_INLINE Vec<float> fraction(Vec<float> x) { return _mm512_maskz_reduce_ps(0xffff, x, kDownwards); }
-KDFAST_INLINE Vec<double> fraction(Vec<double> x) { return _mm512_maskz_reduce_pd(0xff, x, kDownwards); }
-KDFAST_INLINE Vec<float> scaled_unless_below(Vec<float> v, Vec<float> x, Vec<float> lowest) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), v, x);
+KDFAST_INLINE Simd<float>::Int step_bits(Simd<float>::Int i) {
+  const __m512i steps = _mm512_loadu_si512(Simd<float>::exp2_steps);
+  return bit_cast<Simd<float>::Int>(_mm512_maskz_permutexvar_epi32(0xffff, bit_cast<__m512i>(i), steps));
 }
-KDFAST_INLINE Vec<double> scaled_unless_below(Vec<double> v, Vec<double> x, Vec<double> lowest) {
-  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, lowest, _CMP_NLT_UQ), v, x);
+KDFAST_INLINE Simd<double>::Int step_bits(Simd<double>::Int i) {
+  const __m512i steps = _mm512_loadu_si512(Simd<double>::exp2_steps);
+  return bit_cast<Simd<double>::Int>(_mm512_maskz_permutexvar_epi64(0xff, bit_cast<__m512i>(i), steps));
 }
+#else
+KDFAST_INLINE Simd<float>::Int step_bits(Simd<float>::Int i) { return i * 0 + Simd<float>::exp2_steps[0]; }
+KDFAST_INLINE Simd<double>::Int step_bits(Simd<double>::Int i) { return i * 0 + Simd<double>::exp2_steps[0]; }
 #endif
 
-// 2^x for x <= 0 or NaN; relative error at most 2 ulp (1.1 measured with FMA, 1.3 without: tests/ops/test_simd.py),
+// 2^x for x <= 0 or NaN; relative error at most 2 ulp (1.0 measured with FMA, 1.3 without: tests/ops/test_simd.py),
 // 0 where the result is subnormal.
 template <class C> KDFAST_INLINE Vec<C> exp2_nonpositive(Vec<C> x) {
   using M = Simd<C>;
-  constexpr int terms = sizeof(M::exp2_terms) / sizeof(C);
-  const Vec<C> lowest = broadcast<C>(C(1 - M::bias));
-#if defined(__AVX512F__)
-  const Vec<C> r = fraction(x);
-#else
-  const Vec<C> shifted = x + M::magic, r = x - (shifted - M::magic);  // exact; below the lowest masked out at the end
-#endif
+  using Int = typename M::Int;
+  constexpr int terms = sizeof(M::exp2_terms) / sizeof(C), steps = sizeof(M::exp2_steps) / sizeof(C);
+  constexpr int shift = M::mantissa - __builtin_ctz(steps);
+  // x = k / steps + r, exact; k is in the low bits of `shifted`. Below the lowest masked out at the end.
+  const Vec<C> shifted = x + M::magic / steps, r = x - (shifted - M::magic / steps);
   Vec<C> sum = broadcast<C>(M::exp2_terms[terms - 1]);
 #pragma GCC unroll 16
   for (int k = terms - 2; k >= 0; --k) sum = sum * r + M::exp2_terms[k];
-  sum = sum * r + C(1);
-#if defined(__AVX512F__)
-  return scaled_unless_below(sum, x, lowest);
-#else
-  const auto scale = (bit_cast<typename M::Int>(shifted) << M::mantissa) + (M::bias << M::mantissa);
-  const Vec<C> result = sum * bit_cast<Vec<C>>(scale);
-  return x < lowest ? Vec<C>{} : result;
-#endif
+  const Int k = bit_cast<Int>(shifted);
+  const Vec<C> power = bit_cast<Vec<C>>(step_bits(k) + (k << shift));  // 2^(k / steps)
+  // A step is rounded already: its product with something near 1 would be rounded once more than this sum.
+  const Vec<C> result = steps == 1 ? power * (r * sum + C(1)) : power * (r * sum) + power;
+  return x < broadcast<C>(C(1 - M::bias)) ? Vec<C>{} : result;
 }
 
 // log(x) for x >= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py). Below the smallest normal number,
