@@ -16,19 +16,21 @@ KDFAST_INLINE int64_t block_length(int64_t classes, int64_t block) {
   return left < kBlock ? left : kBlock;
 }
 
-// Largest of n values of either side; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
-template <class C> struct Maxima {
-  C student, teacher;
-};
-template <Form form, class S> KDFAST_INLINE Maxima<ComputeOf<S>> block_max(const S* s, const S* t, int64_t n) {
+// Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
+template <class S> KDFAST_INLINE ComputeOf<S> largest(const S* p, int64_t n) {
   using C = ComputeOf<S>;
-  Vec<C> best_s = broadcast<C>(-kInfinity), best_t = best_s;
-  each_vector<C>(n, [&](int64_t i, auto extent) {
-    best_s = max(read(extent, s, i, n, C(-kInfinity)), best_s);
-    if constexpr (form != Form::student) best_t = max(read(extent, t, i, n, C(-kInfinity)), best_t);
+  constexpr int64_t W = Simd<C>::width, kChains = 2;  // a single one would wait for itself
+  Vec<C> best[kChains];
+  for (Vec<C>& chain : best) chain = broadcast<C>(-kInfinity);
+  int64_t i = 0;
+  for (; i + kChains * W <= n; i += kChains * W)
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < kChains; ++c) best[c] = max(load(p + i + c * W), best[c]);
+  each_vector<C>(n - i, [&](int64_t j, auto extent) {
+    best[0] = max(read(extent, p + i, j, n - i, C(-kInfinity)), best[0]);
   });
-  const C max_s = max_lanes<C>(best_s), max_t = form == Form::student ? C(0) : max_lanes<C>(best_t);
-  return {max_s == -kInfinity ? C(0) : max_s, max_t == -kInfinity ? C(0) : max_t};
+  const C result = max_lanes<C>(max(best[0], best[1]));
+  return result == -kInfinity ? C(0) : result;
 }
 
 // exp(x / T) to exp(x): by squaring where T is 1, 2 or 4, which is exact enough (x / T is) and cheaper.
@@ -44,8 +46,7 @@ template <Form form, class S, class N>
 KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, const N* next_t, int64_t n, const Row& row,
                                      ComputeOf<S>* keep_a, ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
   using C = ComputeOf<S>;
-  const Maxima<C> maxima = block_max<form>(s, t, n);
-  const C max_s = maxima.student, max_t = maxima.teacher;
+  const C max_s = largest(s, n), max_t = form == Form::student ? C(0) : largest(t, n);
   // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
   const C inverse_s = C(row.inverse_student), factor_s = C(row.inverse_student * kLog2E);
   const C inverse_t = C(row.inverse_teacher), factor_t = C(row.inverse_teacher * kLog2E);

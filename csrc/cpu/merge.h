@@ -33,6 +33,7 @@ struct RowStats : BlockStats {
 };
 
 inline RowStats merge(const std::vector<BlockStats>& blocks, Form form, double inverse_student, double inverse_teacher) {
+  if (blocks.size() == 1) return {blocks[0], inverse_student, inverse_teacher};  // a short row has no time to lose
   RowStats row{{-INFINITY, -INFINITY, 0, 0, 0, 0, 0, 0, 0}, inverse_student, inverse_teacher};
   // A block whose logits are all -inf has sum 0 and says nothing about the maximum.
   for (const BlockStats& b : blocks) {
