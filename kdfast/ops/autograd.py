@@ -9,7 +9,7 @@ been multiplied by the loss scale would leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,12 +20,19 @@ from kdfast.ops.scale import scale_
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 
 
-def apply(function: type[torch.autograd.Function], student: Tensor, *arguments: Any) -> Tensor:
+def apply(
+    function: type[torch.autograd.Function],
+    student: Tensor,
+    op: Callable[..., Any],
+    options: Iterable[Any],
+    *tensors: Tensor | None,
+) -> Tensor:
     """``function.apply``, to which a student looks like a constant where no gradient is recorded (``torch.no_grad``).
 
     Inside ``apply`` nothing is ever recorded, and ``ctx.needs_input_grad`` tells what requires a gradient elsewhere.
+    The other tensors never get a gradient: as one tuple they cost autograd no time, which counts on short rows.
     """
-    loss: Tensor = function.apply(student if torch.is_grad_enabled() else student.detach(), *arguments)
+    loss: Tensor = function.apply(student if torch.is_grad_enabled() else student.detach(), op, options, tensors)
     return loss
 
 
@@ -39,17 +46,19 @@ class RowLoss(torch.autograd.Function):
     """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, tensors: tuple[Tensor | None, ...]
+    ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         recompute = options.reduction == REDUCTIONS["none"] or student.dtype == torch.float16
         loss, grad = op(student, *tensors, *options, needs_grad and not recompute)
-        ctx.op, ctx.options, ctx.recompute, ctx.inputs = op, options, recompute, 3 + len(tensors)
+        ctx.op, ctx.options, ctx.recompute = op, options, recompute
         if needs_grad:
             ctx.save_for_backward(*((student, *tensors) if recompute else (grad,)))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.recompute:
             student, *tensors, row_weight = ctx.saved_tensors
             weight = grad_output.detach().double().expand(student.shape[:-1])
@@ -57,7 +66,7 @@ class RowLoss(torch.autograd.Function):
             grad = ctx.op(student.detach(), *tensors, weight, *ctx.options, True)[1]
         else:
             grad = _scaled(ctx.saved_tensors[0], grad_output)
-        return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
+        return differentiable_once(grad), None, None, None
 
 
 def scalar_loss_like(student: Tensor) -> Tensor:
@@ -72,18 +81,20 @@ class ScalarLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, tensors: tuple[Tensor | None, ...]
+    ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         loss, grad = op(student, *tensors, *options, needs_grad)
-        ctx.dtype, ctx.inputs = student.dtype, 3 + len(tensors)
+        ctx.dtype = student.dtype
         if needs_grad:
             ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         grad = _scaled(ctx.saved_tensors[0], grad_output).to(ctx.dtype)
-        return differentiable_once(grad), *(None,) * (ctx.inputs - 1)
+        return differentiable_once(grad), None, None, None
 
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:

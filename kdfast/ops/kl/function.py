@@ -5,6 +5,7 @@ How backward works: kdfast/ops/autograd.py; here is only its in-place form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,17 +78,11 @@ def _kl_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
 class _KLInplace(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        row_weight: Tensor | None,
-        options: Options,
+        ctx: Any, student: Tensor, op: Callable[..., Any], options: Options, tensors: tuple[Tensor | None, ...]
     ) -> Tensor:
         if not ctx.needs_input_grad[0]:
-            return torch.ops.kdfast.kl.default(student, teacher, labels, mask, row_weight, *options, False)[0]
-        loss = torch.ops.kdfast.kl_.default(student.detach(), teacher, labels, mask, row_weight, *options)
+            return torch.ops.kdfast.kl.default(student, *tensors, *options, False)[0]
+        loss = op(student.detach(), *tensors, *options)
         if not torch.compiler.is_compiling():  # a traced write bumps the version by itself
             torch.autograd.graph.increment_version(student)  # whoever else saved the logits for backward will be told
         ctx.save_for_backward(student)
@@ -95,7 +90,7 @@ class _KLInplace(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.spent:
             raise RuntimeError(
                 "inplace_backward=True keeps one gradient, in the storage of student_logits, and it has been used: "
@@ -105,7 +100,7 @@ class _KLInplace(torch.autograd.Function):
         grad = ctx.saved_tensors[0].detach()
         factor = grad_output.detach()
         grad = grad.mul_(factor.unsqueeze(-1)) if factor.dim() > 0 else scale_(grad, factor)
-        return differentiable_once(grad), None, None, None, None, None
+        return differentiable_once(grad), None, None, None
 
 
 def kl(
@@ -123,7 +118,6 @@ def kl(
     labels = None if labels is None else labels.contiguous()
     mask = None if mask is None else mask.contiguous()
     row_weight = None if row_weight is None else row_weight.detach().double().contiguous()
-    if inplace_backward:
-        return apply(_KLInplace, student_logits, teacher_logits, labels, mask, row_weight, options)
-    op = torch.ops.kdfast.kl.default
-    return apply(RowLoss, student_logits, op, options, teacher_logits, labels, mask, row_weight)
+    ops = torch.ops.kdfast
+    function, op = (_KLInplace, ops.kl_.default) if inplace_backward else (RowLoss, ops.kl.default)
+    return apply(function, student_logits, op, options, teacher_logits, labels, mask, row_weight)
