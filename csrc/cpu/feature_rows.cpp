@@ -50,10 +50,12 @@ template <class S> void power(const void* map, const MapSize& size, double p, vo
 }
 
 template <Exponent exponent, class S>
-KDFAST_INLINE void power_slopes(const S* map, const MapSize& size, double p, const ComputeOf<S>* k, GradientOf<S>* out) {
+KDFAST_INLINE void power_slopes(const S* map, const MapSize& size, double p, const ComputeOf<S>* k, GradientOf<S>* out,
+                                bool streamed) {
   using C = ComputeOf<S>;
   const int64_t pixels = size.pixels();
-  for (int64_t c = 0; c < size.channels; ++c)
+  for (int64_t c = 0; c < size.channels; ++c) {
+    const bool aligned = before_stream(out + c * pixels, pixels) == 0;
     each_vector<C>(pixels, [&](int64_t i, auto extent) __attribute__((always_inline)) {
       const Vec<C> f = read(extent, map + c * pixels, i, pixels, C(0));
       Vec<C> slope = f;
@@ -63,18 +65,21 @@ KDFAST_INLINE void power_slopes(const S* map, const MapSize& size, double p, con
         const Vec<C> size_of_slope = power_of<C>(magnitude<C>(f), C(p - 1));
         slope = f < C(0) ? -size_of_slope : size_of_slope;
       }
-      write(extent, out + c * pixels, i, pixels, slope * read(extent, k, i, pixels, C(0)));
+      write(extent, out + c * pixels, i, pixels, slope * read(extent, k, i, pixels, C(0)), streamed && aligned);
     });
+  }
+  if (streamed) stream_fence();
 }
 
-template <class S> void power_grad(const void* map, const MapSize& size, double p, const void* k, void* out) {
+template <class S>
+void power_grad(const void* map, const MapSize& size, double p, const void* k, void* out, bool streamed) {
   const S* f = static_cast<const S*>(map);
   const ComputeOf<S>* slopes = static_cast<const ComputeOf<S>*>(k);
   GradientOf<S>* grad = static_cast<GradientOf<S>*>(out);
-  if (p == 2) power_slopes<Exponent::two, S>(f, size, p, slopes, grad);
-  else if (p == 1) power_slopes<Exponent::one, S>(f, size, p, slopes, grad);
-  else if (p == 3) power_slopes<Exponent::three, S>(f, size, p, slopes, grad);
-  else power_slopes<Exponent::any, S>(f, size, p, slopes, grad);
+  if (p == 2) power_slopes<Exponent::two, S>(f, size, p, slopes, grad, streamed);
+  else if (p == 1) power_slopes<Exponent::one, S>(f, size, p, slopes, grad, streamed);
+  else if (p == 3) power_slopes<Exponent::three, S>(f, size, p, slopes, grad, streamed);
+  else power_slopes<Exponent::any, S>(f, size, p, slopes, grad, streamed);
 }
 
 // Bin b of n out of m elements: [begin, end), as PyTorch's adaptive pooling cuts them; neighbours may share an element.
@@ -159,8 +164,10 @@ template <class S> void pool_grad(const void* pooled, const MapSize& from, const
 }
 
 template <bool masked, class S>
-KDFAST_INLINE double mse_block(const S* s, const S* t, const bool* keep, int64_t n, double slope, GradientOf<S>* out) {
+KDFAST_INLINE double mse_block(const S* s, const S* t, const bool* keep, int64_t n, double slope, GradientOf<S>* out,
+                               bool streamed) {
   using C = ComputeOf<S>;
+  const bool aligned = before_stream(out, n) == 0;
   Vec<C> sum{};
   each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
     Vec<C> d = read(extent, s, i, n, C(0)) - read(extent, t, i, n, C(0));
@@ -171,16 +178,18 @@ KDFAST_INLINE double mse_block(const S* s, const S* t, const bool* keep, int64_t
       d = load(kept) == C(0) ? Vec<C>{} : d;  // what is left out may be NaN
     }
     sum += d * d;
-    if (out) write(extent, out, i, n, d * C(slope));
+    if (out) write(extent, out, i, n, d * C(slope), streamed && aligned);
   });
+  if (streamed) stream_fence();
   return sum_lanes<C>(sum);
 }
 
 template <class S>
-double mse(const void* student, const void* teacher, const bool* keep, int64_t n, double slope, void* out) {
+double mse(const void* student, const void* teacher, const bool* keep, int64_t n, double slope, void* out, bool streamed) {
   const S *s = static_cast<const S*>(student), *t = static_cast<const S*>(teacher);
   GradientOf<S>* grad = static_cast<GradientOf<S>*>(out);
-  return keep ? mse_block<true>(s, t, keep, n, slope, grad) : mse_block<false>(s, t, keep, n, slope, grad);
+  return keep ? mse_block<true>(s, t, keep, n, slope, grad, streamed)
+              : mse_block<false>(s, t, keep, n, slope, grad, streamed);
 }
 
 }  // namespace

@@ -20,14 +20,15 @@ constexpr int64_t kMseBlock = 8192;  // elements: what a thread takes at a time
 struct FeatureKernels {
   // a[pixel] = sum over channels of |f|^p.
   using Power = void (*)(const void* map, const MapSize&, double p, void* a);
-  // out = k[pixel] sign(f) |f|^(p - 1), 0 where f is 0.
-  using PowerGrad = void (*)(const void* map, const MapSize&, double p, const void* k, void* out);
+  // out = k[pixel] sign(f) |f|^(p - 1), 0 where f is 0; `streamed`: past the caches where it is aligned.
+  using PowerGrad = void (*)(const void* map, const MapSize&, double p, const void* k, void* out, bool streamed);
   // Means over the bins of adaptive average pooling, (channels, height, width) of `to`, in the type of sums.
   using Pool = void (*)(const void* map, const MapSize& from, const MapSize& to, void* pooled);
   // The gradient of the same: `pooled` to the map's size, in the gradient's type.
   using PoolGrad = void (*)(const void* pooled, const MapSize& from, const MapSize& to, void* out);
   // The sum of (s - t)^2 over n <= kMseBlock elements that `keep` (or null: all) keeps; out = slope (s - t), or null.
-  using Mse = double (*)(const void* student, const void* teacher, const bool* keep, int64_t n, double slope, void* out);
+  using Mse = double (*)(const void* student, const void* teacher, const bool* keep, int64_t n, double slope, void* out,
+                         bool streamed);
   Power power[kStorages];
   PowerGrad power_grad[kStorages];
   Pool pool[kStorages];

@@ -77,17 +77,17 @@ class Side {
   }
 
   // The gradient of the sample's maps for that of its attention, which it overwrites.
-  void differentiate(int64_t n, std::vector<double>& slope, void* grad) {
+  void differentiate(int64_t n, std::vector<double>& slope, void* grad, bool streamed) {
     double along = 0;
     for (int64_t i = 0; i < to_.pixels(); ++i) along += slope[i] * unit_[i];
     for (int64_t i = 0; i < to_.pixels(); ++i)
       store_scalar(sums_.data(), i, summed_,
                    (slope[i] - (moves_ ? along * unit_[i] : 0)) * inverse_ * p_ / to_.channels);
     if (!pooling()) {
-      kernels_.power_grad[index(maps_.storage)](map(n), to_, p_, sums_.data(), grad);
+      kernels_.power_grad[index(maps_.storage)](map(n), to_, p_, sums_.data(), grad, streamed);
       return;
     }
-    kernels_.power_grad[index(summed_)](pooled_.data(), to_, p_, sums_.data(), pooled_.data());
+    kernels_.power_grad[index(summed_)](pooled_.data(), to_, p_, sums_.data(), pooled_.data(), false);
     kernels_.pool_grad[index(maps_.storage)](pooled_.data(), maps_.size, to_, grad);
   }
 
@@ -118,6 +118,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& student_maps, const Tensor& t
   Tensor grad = feature_grad(student.tensor, needs_grad);
   char* out = static_cast<char*>(grad.data_ptr());
   const int64_t out_bytes = student.size.channels * student.size.pixels() * static_cast<int64_t>(grad.element_size());
+  const bool streamed = count * out_bytes >= kStreamed;
   const FeatureKernels& kernels = KDFAST_SELECT_LEVEL(feature_kernels);
   std::vector<double> losses(count);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -130,7 +131,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& student_maps, const Tensor& t
         losses[n] += difference * difference;
         slope[i] = 2 * difference / divisor;
       }
-      if (needs_grad) s.differentiate(n, slope, out + n * out_bytes);
+      if (needs_grad) s.differentiate(n, slope, out + n * out_bytes, streamed);
     }
   });
   return {scalar(student.tensor, sum(losses) / divisor), grad};
@@ -151,6 +152,7 @@ std::tuple<Tensor, Tensor> feature_mse(const Tensor& student, const Tensor& teac
   Tensor grad = feature_grad(s, needs_grad);
   char* out = needs_grad ? static_cast<char*>(grad.data_ptr()) : nullptr;
   const int64_t out_item = static_cast<int64_t>(grad.element_size());
+  const bool streamed = size * out_item >= kStreamed;
   const auto kernel = KDFAST_SELECT_LEVEL(feature_kernels).mse[static_cast<int>(storage)];
   const char *student_data = static_cast<const char*>(s.data_ptr()), *teacher_data = static_cast<const char*>(t.data_ptr());
   std::vector<double> losses((size + kMseBlock - 1) / kMseBlock);
@@ -165,7 +167,7 @@ std::tuple<Tensor, Tensor> feature_mse(const Tensor& student, const Tensor& teac
           continue;
         }
         const bool* elements = keep && !by_sample ? keep + i : nullptr;
-        losses[block] += kernel(student_data + i * item, teacher_data + i * item, elements, next - i, slope, to);
+        losses[block] += kernel(student_data + i * item, teacher_data + i * item, elements, next - i, slope, to, streamed);
       }
     }
   });

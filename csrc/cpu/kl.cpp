@@ -66,7 +66,7 @@ class RowLoss {
     for (size_t i = 0; i < w.stats.size(); ++i) w.coefficients[i] = of(w.stats[i]);
     each_block(row.classes, shared, [&](int64_t first, int64_t last) {
       kernels_.grad[static_cast<int>(shape)][storage()](out_.grad_row(r), row.student, row.classes, first, last,
-                                                        w.coefficients.data(), w.scratch());
+                                                        w.coefficients.data(), w.scratch(), out_.streamed);
     });
   }
 

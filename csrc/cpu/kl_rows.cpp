@@ -141,7 +141,7 @@ void stats(const Row& row, int64_t first, int64_t last, BlockStats* blocks, cons
 
 template <Shape shape, class S>
 void grad(void* grad_row, const void* student_row, int64_t classes, int64_t first, int64_t last,
-          const Coefficients* blocks, const Scratch& scratch) {
+          const Coefficients* blocks, const Scratch& scratch, bool streamed) {
   using C = ComputeOf<S>;
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * kBlock, n = block_length(classes, block);
@@ -153,9 +153,8 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
     const C k = C(blocks[block].k), l = C(blocks[block].l), o = C(blocks[block].n);
     const double rest = blocks[block].l - double(l);  // NaN where l is infinite
     const C m = shape != Shape::product ? C(blocks[block].m) : rest == rest ? C(rest) : C(0);
-    each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-      const Vec<C> va = read(extent, a, i, n, C(0));
-      Vec<C> value = va * k;
+    const auto value_of = [&](int64_t i, int64_t n, auto extent) __attribute__((always_inline)) {
+      Vec<C> value = read(extent, a, i, n, C(0)) * k;
       if constexpr (shape == Shape::product) {
         // b and l may be large and nearly equal, so m holds what rounding takes from l.
         // A probability of 0 in the row, if not in its block, adds 0: b may be infinite there. A NaN is not 0.
@@ -165,9 +164,15 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
         if constexpr (shape == Shape::hard) value += read(extent, c, i, n, C(0)) * m + o;
         if constexpr (shape == Shape::standardized) value += read(extent, s, i, n, C(0)) * m + o;
       }
-      write(extent, g, i, n, value);
+      return value;
+    };
+    const int64_t head = streamed ? before_stream(g, n) : 0;
+    if (head > 0) write(Part{}, g, 0, head, value_of(0, head, Part{}));
+    each_vector<C>(n - head, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+      write(extent, g, head + i, n, value_of(head + i, n, extent), streamed);
     });
   }
+  if (streamed) stream_fence();
 }
 
 // Mean, then squares around it: the one-pass formula cancels. The mean is a sum of differences with the first value,

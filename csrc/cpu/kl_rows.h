@@ -76,8 +76,9 @@ struct MixSums {
 // All work on blocks [first, last) of one row.
 struct KlKernels {
   using Stats = void (*)(const Row&, int64_t first, int64_t last, BlockStats*, const Scratch&);
+  // `streamed`: by stores that pass by the caches.
   using Grad = void (*)(void* grad, const void* student, int64_t classes, int64_t first, int64_t last,
-                        const Coefficients*, const Scratch&);
+                        const Coefficients*, const Scratch&, bool streamed);
   using FindMoments = void (*)(const void* logits, int64_t classes, int64_t first, int64_t last, Moments*);
   // p_s = k a, p_t = l b, m = beta p_t + (1 - beta) p_s; leaves a = p_s, b = log(p_s / m).
   using Mix = void (*)(int64_t classes, int64_t first, int64_t last, double beta, const Coefficients*, MixSums*,

@@ -25,14 +25,19 @@ constexpr int64_t kSoftmaxCost = 5;
 // Items a thread is woken for, when each costs as much as `elements`.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
 
-// Where gradients go and how losses are reduced: what every op of the family shares.
+// A gradient of at least so many bytes leaves the caches before it is used: it need not come through them.
+constexpr int64_t kStreamed = int64_t{32} << 20;
+
+// The numbers of REDUCTIONS in kdfast/ops/autograd.py.
 enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, batchmean = 3 };
 
+// Where gradients go and how losses are reduced: what every op of the family shares.
 struct Output {
   Storage storage;
   int64_t count, classes, kept;
   Reduction reduction;
   Rows grad;             // where the gradient goes; no data where none is wanted
+  bool streamed;         // past the caches
   const bool* mask;      // or null
   const double* weight;  // or null
   std::vector<double> loss;

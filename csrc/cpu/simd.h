@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -182,6 +182,37 @@ KDFAST_INLINE void store_tail(double* p, int64_t n, Vec<double> v) {
 }
 #endif
 
+// A store that passes by the caches, for what nobody will read while it would be in them: the line is not read before it
+// is written. `p` is a multiple of the stored vector's size; `stream_fence` before anyone else looks.
+template <class S, class V> KDFAST_INLINE void stream(S* p, V v) {
+  constexpr int bytes = sizeof(V) / sizeof(typename Compute<S>::type) * sizeof(S);
+  alignas(bytes) S lanes[bytes / sizeof(S)];
+  store(lanes, v);
+#if defined(__AVX512F__)
+  if constexpr (bytes == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(lanes));
+#endif
+#if defined(__AVX2__)
+  if constexpr (bytes == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<__m256i*>(lanes)));
+#endif
+#if defined(__SSE2__)
+  if constexpr (bytes == 16)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(lanes)));
+#endif
+  store(p, v);
+}
+KDFAST_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+// Elements before the first that `stream` takes, at most n.
+template <class S> KDFAST_INLINE int64_t before_stream(const S* p, int64_t n) {
+  constexpr uintptr_t bytes = Simd<typename Compute<S>::type>::width * sizeof(S);
+  const int64_t head = (bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(S);
+  return head < n ? head : n;
+}
+
 template <class V> KDFAST_INLINE V max(V a, V b) { return a > b ? a : b; }
 
 // exp2_steps[i mod their number]: one step, or as many as fill a register (in the form for which GCC 12 does not warn of
@@ -299,8 +330,9 @@ KDFAST_INLINE Vec<C> read(Extent, const S* p, int64_t i, int64_t n, C fill) {
   if constexpr (Extent::value) return load(p + i);
   else return load_tail(p + i, n - i, fill);
 }
-template <class Extent, class S, class V> KDFAST_INLINE void write(Extent, S* p, int64_t i, int64_t n, V v) {
-  if constexpr (Extent::value) store(p + i, v);
+template <class Extent, class S, class V>
+KDFAST_INLINE void write(Extent, S* p, int64_t i, int64_t n, V v, bool streamed = false) {
+  if constexpr (Extent::value) streamed ? stream(p + i, v) : store(p + i, v);
   else store_tail(p + i, n - i, v);
 }
 

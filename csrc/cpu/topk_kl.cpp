@@ -162,7 +162,7 @@ class RowLoss {
         w.coefficients[i] = {rest.sum_student == 0 ? 0 : g * share * rest.student_factor(w.stats[i]) / rest.sum_student, 0, 0, 0};
       each_block(row.classes, shared, [&](int64_t first, int64_t last) {
         kernels_.grad[static_cast<int>(Shape::one)][static_cast<int>(out_.storage)](
-            out_.grad_row(r), row.student, row.classes, first, last, w.coefficients.data(), w.scratch());
+            out_.grad_row(r), row.student, row.classes, first, last, w.coefficients.data(), w.scratch(), out_.streamed);
       });
     }
     return divergence + listed_terms(r, listed, log_sum, mass, g);
