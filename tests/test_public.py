@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
@@ -244,6 +245,38 @@ def test_traces_without_a_graph_break(name):
         results.append([value, *(v.grad for k, v in arguments.items() if is_differentiable(k, v))])
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_known_without_values(name):
+    """Forward and backward in FakeTensorMode, which has shapes and dtypes alone."""
+    inputs, options = sample_inputs(name, 1, SAMPLES[name].leading[0], 5)
+    arguments = cast({**inputs, **options}, torch.float32)
+    leaves = [k for k, v in arguments.items() if is_differentiable(k, v)]
+    with FakeTensorMode() as mode:
+        fakes = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        value = first_output(getattr(kdfast, name)(**fakes))
+        grads = torch.autograd.grad(value.sum(), [fakes[k] for k in leaves])
+    assert value.shape == first_output(getattr(kdfast, name)(**arguments)).shape
+    assert [(g.shape, g.dtype) for g in grads] == [(arguments[k].shape, torch.float32) for k in leaves]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_may_come_from_inference_mode(name, dtype):
+    for seed in range(4):  # with different reductions
+        inputs, options = sample_inputs(name, seed, SAMPLES[name].leading[0], 5)
+        results = []
+        for context in (torch.no_grad, torch.inference_mode):
+            arguments = cast({**inputs, **options}, dtype)
+            others = [k for k, v in arguments.items() if k.startswith("teacher") and isinstance(v, Tensor)]
+            with context():
+                arguments |= {k: arguments[k].clone() for k in others}
+            value = first_output(getattr(kdfast, name)(**arguments))
+            value.masked_fill(value.isinf(), 0.0).sum().backward()  # missing negatives
+            results.append([value, *(v.grad for k, v in arguments.items() if is_differentiable(k, v))])
+        for usual, inference in zip(*results, strict=True):
+            assert torch.equal(usual, inference)
 
 
 class NothingIsReadByTheHost(TorchDispatchMode):

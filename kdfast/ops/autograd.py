@@ -42,6 +42,21 @@ def loss_like(student: Tensor, reduction: int) -> Tensor:
     return student.new_empty(student.shape[:-1] if reduction == REDUCTIONS["none"] else (), dtype=dtype)
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward`` that also takes tensors made in inference mode, as teachers are.
+
+    Nobody counts the writes to those, which save_for_backward wants to know of.
+    """
+    traced = torch.compiler.is_compiling()
+    ctx.inference = {i: x for i, x in enumerate(tensors) if not traced and x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else x for i, x in enumerate(tensors)))
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What ``save`` has saved."""
+    return [ctx.inference.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
+
+
 class RowLoss(torch.autograd.Function):
     """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight."""
 
@@ -54,13 +69,16 @@ class RowLoss(torch.autograd.Function):
         loss, grad = op(student, *tensors, *options, needs_grad and not recompute)
         ctx.op, ctx.options, ctx.recompute = op, options, recompute
         if needs_grad:
-            ctx.save_for_backward(*((student, *tensors) if recompute else (grad,)))
+            if recompute:
+                save(ctx, student, *tensors)
+            else:
+                ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.recompute:
-            student, *tensors, row_weight = ctx.saved_tensors
+            student, *tensors, row_weight = saved(ctx)
             weight = grad_output.detach().double().expand(student.shape[:-1])
             weight = (weight if row_weight is None else weight * row_weight).contiguous()
             grad = ctx.op(student.detach(), *tensors, weight, *ctx.options, True)[1]

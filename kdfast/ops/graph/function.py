@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast import backends
-from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, differentiable_once, loss_like
+from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, differentiable_once, loss_like, save, saved
 from kdfast.ops.library import LIBRARY, define
 
 METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
@@ -122,13 +122,13 @@ class _Graph(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values, indices = torch.ops.kdfast.graph.default(features, keys, labels, k, metric, include_self, ieee)
         ctx.metric = metric
-        ctx.save_for_backward(features, keys, values, indices)
+        save(ctx, features, keys, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, keys, values, indices = ctx.saved_tensors
+        features, keys, values, indices = saved(ctx)
         needs = ctx.needs_input_grad[:2]
         grads = torch.ops.kdfast.graph_backward.default(
             features.detach(),

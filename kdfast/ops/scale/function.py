@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from kdfast import backends
 from kdfast.ops.library import LIBRARY, define
@@ -34,8 +35,8 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
 
     Whether it is 1, on a GPU only the GPU knows: a kernel looks, and nobody waits for it.
     """
-    if torch.compiler.is_compiling():
-        return grad.mul_(factor)  # which the compiler may fuse with what comes next
+    if torch.compiler.is_compiling() or isinstance(factor, FakeTensor):
+        return grad.mul_(factor)  # which a compiler may fuse with what comes next
     if backends.on_gpu(grad):
         if grad.numel() <= SMALL:
             # In float32, as in the kernel: grad.mul_(factor) would round the factor to a half type first.
