@@ -8,19 +8,24 @@ Every check names the argument, says what was given and what is allowed, and run
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+LARGEST_FLOAT = sys.float_info.max
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     """``tensor`` is a tensor of one of ``dtypes``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must have dtype {_one_of(dtypes)}, got {tensor.dtype}")
 
@@ -34,7 +39,8 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 def check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
     """Student and teacher are floating-point tensors of one dtype on one device."""
     plain = type(student) is type(teacher) is Tensor and student.dtype is teacher.dtype in FLOAT_DTYPES
-    if plain and ((student.is_cpu and teacher.is_cpu) or student.device == teacher.device):
+    dense = plain and student.layout is teacher.layout is torch.strided and not (student.is_nested or teacher.is_nested)
+    if dense and ((student.is_cpu and teacher.is_cpu) or student.device == teacher.device):
         return  # at once: on short rows the checks take as long as the loss
     check_tensor(student_name, student)
     check_tensor(teacher_name, teacher)
@@ -150,7 +156,8 @@ def check_number(name: str, value: float) -> None:
     """``value`` is a finite Python number (a tensor would need a device sync)."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite would break the graph of torch.compile
+    # math.isfinite would break the graph of torch.compile, and an int may lie beyond every float.
+    if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -162,8 +169,10 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """The temperature is finite and above 0."""
+    """The temperature is finite and above 0, and so is its square, which losses are multiplied with."""
     check_positive("temperature", temperature)
+    if not 0 < temperature * temperature <= LARGEST_FLOAT:
+        raise ValueError(f"temperature must be between 1e-150 and 1e150, got {temperature}")
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -180,13 +189,13 @@ def check_non_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def check_mask(mask: Tensor | None, shape: Sequence[int], like: Tensor, name: str = "mask") -> None:
+def check_mask(mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
     """``mask`` is None or a bool tensor of ``shape`` on the device of ``like``."""
     if mask is None:
         return
-    check_tensor(name, mask, (torch.bool,))
-    _check_shape(name, mask, shape)
-    check_same_device(name, mask, "the student", like)
+    check_tensor("mask", mask, (torch.bool,))
+    _check_shape("mask", mask, shape)
+    check_same_device("mask", mask, "the student", like)
 
 
 def check_feature_mask(mask: Tensor | None, like: Tensor) -> None:
@@ -227,7 +236,7 @@ def check_labels(
     check_tensor("labels", labels, (torch.int64,))
     _check_shape("labels", labels, shape)
     check_same_device("labels", labels, like_name, like)
-    if num_classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+    if num_classes is None or not _is_readable(labels) or labels.numel() == 0:
         return
     out_of_range = (labels < 0) | (labels >= num_classes)
     if ignore_index is not None:
@@ -238,10 +247,17 @@ def check_labels(
         raise ValueError(f"labels must lie in [0, {num_classes}){also}, got {bad}")
 
 
-def check_count(name: str, value: int, lower: int) -> None:
-    """``value`` is an int of at least ``lower``."""
+def check_int(name: str, value: int) -> None:
+    """``value`` is an int that an int64 tensor can hold."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
+
+
+def check_count(name: str, value: int, lower: int) -> None:
+    """``value`` is an int of at least ``lower``."""
+    check_int(name, value)
     if value < lower:
         raise ValueError(f"{name} must be at least {lower}, got {value}")
 
@@ -267,7 +283,7 @@ def check_sparse_teacher(
     check_k(teacher_values.shape[-1], num_classes, "V")
     check_same_device("teacher_values", teacher_values, "student_logits", student_logits)
     check_same_device("teacher_indices", teacher_indices, "student_logits", student_logits)
-    if teacher_indices.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_readable(teacher_indices):
         return
     listed = (teacher_indices != padding_index) & (teacher_values != -math.inf)
     if mask is not None:
@@ -386,7 +402,7 @@ def check_has_other_classes(student_logits: Tensor) -> None:
         )
 
 
-def check_inplace_backward(inplace_backward: bool, student_logits: Tensor) -> None:
+def check_inplace_backward(inplace_backward: bool, student_logits: Tensor, teacher_logits: Tensor) -> None:
     """The storage of ``student_logits`` can hold its gradient."""
     if not inplace_backward:
         return
@@ -397,6 +413,27 @@ def check_inplace_backward(inplace_backward: bool, student_logits: Tensor) -> No
         )
     if not student_logits.is_contiguous():
         raise ValueError("inplace_backward=True needs contiguous student_logits, got a strided or expanded view")
+    if not torch.compiler.is_compiling() and _overlap_partly(student_logits, teacher_logits):
+        raise ValueError(
+            "inplace_backward=True would overwrite rows of teacher_logits that are still to be read: it shares a part "
+            "of its memory with student_logits"
+        )
+
+
+def _ends(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first and the last element."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + steps * tensor.itemsize
+
+
+def _overlap_partly(one: Tensor, other: Tensor) -> bool:
+    """Whether elements of two tensors that stand in different places may share memory."""
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() or one.numel() == 0:
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return False  # the very same elements: each is read before it is written
+    (first, last), (other_first, other_last) = _ends(one), _ends(other)
+    return first <= other_last and other_first <= last
 
 
 def check_sample_weight(sample_weight: Tensor | None, num_samples: int) -> None:
@@ -451,6 +488,11 @@ def _check_dtype_outside_autocast(name: str, tensor: Tensor, other_name: str, ot
         raise TypeError(f"{name} and {other_name} must have the same dtype, got {tensor.dtype} and {other.dtype}")
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the values can be looked at: not on a GPU, which would have to be waited for, nor while tracing."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
+
+
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -459,7 +501,7 @@ def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
 def _check_positions(name: str, positions: Tensor, count: int, like: Tensor) -> None:
     """``positions`` lie in [0, count), which only the CPU can tell without waiting for the device."""
     check_same_device(name, positions, "the student", like)
-    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_readable(positions):
         return
     out_of_range = (positions < 0) | (positions >= count)
     if bool(out_of_range.any()):

@@ -131,7 +131,10 @@ class RowLoss {
 
   double among_listed(int64_t r, const Listed& listed, double g) const {
     if (out_.wants_grad()) std::memset(out_.grad_row(r), 0, out_.classes * out_.grad.element_size);
-    return listed.classes.empty() ? 0 : listed_terms(r, listed, log_sum_exp(listed.student), 1, g);
+    if (listed.classes.empty()) return 0;
+    const double log_sum = log_sum_exp(listed.student);
+    // A student without mass among them is infinitely far, and has no slope.
+    return log_sum == -INFINITY ? listed_terms(r, listed, 0, 1, 0) : listed_terms(r, listed, log_sum, 1, g);
   }
 
   double against_row(int64_t r, const Listed& listed, double g, Workspace& w, bool shared) const {

@@ -64,7 +64,7 @@ def kl_divergence(
     checks.check_reduction(reduction)
     checks.check_mask(mask, student_logits.shape[:-1], student_logits)
     checks.check_row_weight(row_weight, student_logits.shape[:-1], student_logits)
-    checks.check_inplace_backward(inplace_backward, student_logits)
+    checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.kl_divergence(
             student_logits,
@@ -140,7 +140,7 @@ def js_divergence(
     checks.check_reduction(reduction)
     checks.check_mask(mask, student_logits.shape[:-1], student_logits)
     checks.check_row_weight(row_weight, student_logits.shape[:-1], student_logits)
-    checks.check_inplace_backward(inplace_backward, student_logits)
+    checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.js_divergence(
             student_logits, teacher_logits, beta, temperature, reduction=reduction, mask=mask, row_weight=row_weight
@@ -202,6 +202,7 @@ def kd_loss(
     https://arxiv.org/abs/1503.02531.
     """
     checks.check_logits(student_logits, teacher_logits)
+    checks.check_int("ignore_index", ignore_index)
     if labels is not None:
         checks.check_labels(
             labels,
@@ -214,7 +215,11 @@ def kd_loss(
     checks.check_fraction("alpha", alpha)
     checks.check_fraction("label_smoothing", label_smoothing)
     checks.check_mixed_reduction(reduction)
-    checks.check_inplace_backward(inplace_backward, student_logits)
+    checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
+    if alpha == 0:  # the teacher says what the labels are or nothing: what it holds, NaN included, must not count
+        if labels is None:
+            labels, ignore_index = teacher_logits.argmax(dim=-1), -100
+        teacher_logits = student_logits
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.kd_loss(
             student_logits,
@@ -538,6 +543,7 @@ def linear_kl_divergence(
     checks.check_fraction("beta", beta)
     checks.check_fraction("label_smoothing", label_smoothing)
     checks.check_mixed_reduction(reduction)
+    checks.check_int("ignore_index", ignore_index)
     rows = student_hidden.shape[:-1]
     if labels is not None:
         num_classes = student_weight.shape[0]

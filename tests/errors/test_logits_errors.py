@@ -83,6 +83,9 @@ add(DENSE, "two vocabularies", ValueError, "has 5 classes but .* has 6", teacher
 add(DENSE, "two leading shapes", ValueError, "same shape", teacher_logits=logits(3, V))
 add(DENSE, "no dimension", ValueError, "shape", student_logits=torch.tensor(0.0), teacher_logits=torch.tensor(0.0))
 add(DENSE, "no class", ValueError, "at least one class", student_logits=logits(ROWS, 0), teacher_logits=logits(ROWS, 0))
+add(DENSE, "sparse", TypeError, "student_logits must be a dense.*sparse_coo", student_logits=logits().to_sparse())
+NESTED = torch.nested.nested_tensor([logits(), logits()], layout=torch.jagged)
+add(DENSE, "nested", TypeError, "teacher_logits must be a dense tensor, got a nested", teacher_logits=NESTED)
 add((dkd_loss,), "one class", ValueError, "at least 2", student_logits=logits(4, 1), teacher_logits=logits(4, 1))
 
 # temperature
@@ -91,6 +94,9 @@ for name, value, error, match in [
     ("negative", -1.0, ValueError, "temperature must be greater than 0"),
     ("nan", math.nan, ValueError, "temperature must be finite, got nan"),
     ("inf", math.inf, ValueError, "temperature must be finite, got inf"),
+    ("beyond float", 10**400, ValueError, "temperature must be finite, got 10000"),
+    ("square infinite", 1e155, ValueError, r"temperature must be between 1e-150 and 1e150, got 1e\+155"),
+    ("square 0", 1e-170, ValueError, "temperature must be between 1e-150 and 1e150, got 1e-170"),
     ("tensor", torch.tensor(2.0), TypeError, "temperature must be a float, got Tensor"),
     ("string", "2", TypeError, "temperature must be a float, got str"),
 ]:
@@ -137,6 +143,9 @@ add(LABELLED, "label too large", ValueError, r"labels must lie in \[0, 5\).*got 
 add(LABELLED, "negative label", ValueError, r"labels must lie in \[0, 5\).*got -1", labels=LABELS - 1)
 add((dkd_loss,), "ignored label", ValueError, r"labels must lie in \[0, 5\), got -100", labels=LABELS * 0 - 100)
 add((dkd_loss,), "no labels", TypeError, "labels must be a torch.Tensor, got NoneType", labels=None)
+add(MIXED, "ignore_index None", TypeError, "ignore_index must be an int, got NoneType", ignore_index=None)
+add(MIXED, "ignore_index float", TypeError, "ignore_index must be an int, got float", ignore_index=-100.0)
+add(MIXED, "ignore_index beyond int64", ValueError, "ignore_index must be an int of 64 bits", ignore_index=2**70)
 add(MIXED, "another ignore_index", ValueError, "ignore_index=-1, got -100", labels=LABELS * 0 - 100, ignore_index=-1)
 
 # a stored teacher

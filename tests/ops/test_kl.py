@@ -210,6 +210,21 @@ def test_a_divergence_of_weight_0_is_left_out_where_it_is_infinite(level):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_teacher_of_weight_0_may_be_anything(labelled):
+    """But for its argmax, where that is the label: PyTorch's is that of a NaN."""
+    student, teacher = (x.float() for x in pair(4, 40).values())
+    teacher[0], teacher[1, 7], teacher[2] = -math.inf, math.nan, math.nan
+    labels = torch.tensor([1, 2, 39, 0]) if labelled else None
+    results = []
+    for loss in (kdfast.kd_loss, kdfast.reference.kd_loss):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, labels, alpha=0.0, ignore_index=7)
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    torch.testing.assert_close(*results)
+    assert results[0][1].isfinite().all()
+
+
 def test_teacher_mass_where_the_student_has_none_is_infinite():
     inputs = {k: v.float() for k, v in pair(2, 40).items()}
     inputs["student_logits"][0, 3] = -math.inf
@@ -303,6 +318,20 @@ def test_renormalized_tails_never_read_the_other_classes():
     assert math.isfinite(loss.item())
     assert (student.grad != 0).sum() == 4
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_a_student_without_mass_on_the_listed_classes(level):
+    student = torch.tensor([[-math.inf, 0.0, 1.0], [-math.inf, 2.0, -math.inf], [0.5, 0.0, 1.0]])
+    indices = torch.tensor([[0, -100], [2, 0], [1, 0]])
+    results = []
+    with backends.use_cpu_level(level):
+        for loss in (kdfast.topk_kl_divergence, kdfast.reference.topk_kl_divergence):
+            leaf = student.clone().requires_grad_()
+            rows = loss(leaf, torch.zeros(3, 2), indices, tail="renormalize", reduction="none")
+            results.append((rows, *torch.autograd.grad(rows.sum(), leaf)))
+    torch.testing.assert_close(*results)
+    assert results[0][0].tolist()[:2] == [math.inf, math.inf]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -423,6 +452,17 @@ def test_inplace_backward_tells_whoever_else_saved_the_logits():
     loss = kdfast.kl_divergence(logits, torch.randn(2, 5), inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss + other).backward()
+
+
+@pytest.mark.parametrize("name", ["kl_divergence", "js_divergence", "kd_loss"])
+def test_inplace_backward_refuses_a_teacher_it_would_overwrite(name):
+    base = torch.randn(5, 7, requires_grad=True)
+    logits = base * 1.0
+    with pytest.raises(ValueError, match="shares a part of its memory with student_logits"):
+        getattr(kdfast, name)(logits[1:], logits[:-1].detach(), inplace_backward=True)
+    for student, teacher in ((logits[:2], logits[2:4].detach()), (logits, logits.detach())):  # apart, and the same
+        expected = getattr(kdfast, name)(student.detach().clone(), teacher.clone())
+        assert getattr(kdfast, name)(student, teacher, inplace_backward=True).item() == expected.item()
 
 
 def test_inplace_backward_leaves_the_logits_alone_where_no_gradient_is_recorded():
