@@ -38,7 +38,8 @@ def section(op: str, results: Path) -> str:
 def device_section(op: str, device: str, results: Path) -> str:
     found = newest(op, device, results)
     if found is None:
-        return f"**{DEVICES[device]}**: not yet measured.\n"
+        elsewhere = " as a whole: [docs/gpu.md](docs/gpu.md) has what was" if device == "cuda" else ""
+        return f"**{DEVICES[device]}**: not yet measured{elsewhere}.\n"
     path, result = found
     return (
         f"**{DEVICES[device]}**: {description(result['environment'])}. "

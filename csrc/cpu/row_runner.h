@@ -16,8 +16,8 @@
 
 namespace kdfast {
 
-// A thread is woken for about this many elements that are added or multiplied, as for PyTorch's own ops: some 5 microseconds
-// of work. Threads of the pool that have worked within the last milliseconds come at once, others take 30 microseconds.
+// A thread is woken for about this many elements that are added or multiplied, as for PyTorch's own ops. One that has worked
+// within the last milliseconds comes at once; one that sleeps takes longer than such work.
 constexpr int64_t kGrain = 32768;
 // What an element of two softmaxes costs beside those.
 constexpr int64_t kSoftmaxCost = 5;

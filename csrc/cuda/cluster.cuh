@@ -49,8 +49,8 @@ __device__ __forceinline__ void send(float* slot, float x, Mailbox* box, unsigne
       "r"(__float_as_int(x)), "r"(shared_address(box)), "r"(rank)
       : "memory");
 }
-// Until all bytes of a time have come; ``odd``: 0 for the first, third, ... time, 1 for the others.
-__device__ __forceinline__ void receive(Mailbox* box, unsigned odd) {
+// Until all bytes of a time have come; ``parity`` of the times before it.
+__device__ __forceinline__ void receive(Mailbox* box, unsigned parity) {
   asm volatile(
       "{\n"
       ".reg .pred come;\n"
@@ -58,7 +58,7 @@ __device__ __forceinline__ void receive(Mailbox* box, unsigned odd) {
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 come, [%0], %1;\n"
       "@!come bra again;\n"
       "}" ::"r"(shared_address(box)),
-      "r"(odd)
+      "r"(parity)
       : "memory");
 }
 #endif

@@ -139,10 +139,10 @@ void send(float* slot, float x, Mailbox* box, unsigned other) {
   *of_rank(slot, other) = x;
   of_rank(box, other)->come(-4, false);
 }
-void receive(Mailbox* box, unsigned odd) {
+void receive(Mailbox* box, unsigned parity) {
   {
     std::unique_lock lock(box->mutex);
-    box->changed.wait(lock, [&] { return box->times % 2 != odd; });
+    box->changed.wait(lock, [&] { return box->times % 2 != parity; });
   }
   if (rank + 1 == cluster->blocks.size()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
 }

@@ -276,7 +276,7 @@ def test_dkd_agrees_with_sixty_digits(
 
 
 def test_dkd_with_the_teachers_own_weight_is_kl() -> None:
-    # KL = TCKD + (1 - p_y of the teacher) NCKD, the identity the article starts from.
+    # KL = TCKD + (1 - p_y of the teacher) NCKD, the identity its paper starts from.
     student, teacher = ROWS["ordinary"]
     rest = 1 - teacher.softmax(-1)[2].item()
     close(

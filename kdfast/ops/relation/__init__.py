@@ -1,4 +1,4 @@
-"""Losses on all pairs of rows of a batch, in memory of the size of the features: one driver, one kernel a loss."""
+"""Losses on all pairs of rows of a batch: matrix products, and between them the steps of each device."""
 
 from kdfast.ops.relation.alignment import kernel_cosine
 from kdfast.ops.relation.function import crd, kernel_alignment, pkt, similarity_preserving

@@ -1,4 +1,4 @@
-"""Distances and angles among all rows of a batch, and angles along sequences: relational knowledge distillation."""
+"""Distances and angles among all rows of a batch: relational knowledge distillation."""
 
 from kdfast.ops.rkd.function import Options, rkd
 
