@@ -6,6 +6,7 @@ saves them in ``benchmarks/results``; ``--device cuda`` does the same on a GPU, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,14 +37,15 @@ BASELINES = {
     "torchdistill": ("torchdistill",),
 }
 
-# Name in the table -> function, options, and matrix products of N x D by D x N the fastest form known takes at least,
-# where none of D x D can replace them: half of one for each side's symmetric similarities, one for the gradient.
-LOSSES: dict[str, tuple[str, dict[str, Any], float]] = {
-    "crd": ("crd_loss", {}, 1.5),
-    "crd, normalized": ("crd_loss", {"normalize": True}, 1.5),
-    "pkt": ("pkt_loss", {}, 2.0),
-    "similarity preserving": ("similarity_preserving_loss", {}, 0.0),
-    "kernel alignment": ("kernel_alignment_loss", {}, 0.0),
+# Name in the table -> function, options, and matrix products that the fastest form known takes at least. Of N x D by
+# D x N: half of one for each side's symmetric similarities, one for the gradient. Of D x N by N x D, where these do
+# instead: half of one for each side, one between them, one for the gradient.
+LOSSES: dict[str, tuple[str, dict[str, Any], float, float]] = {
+    "crd": ("crd_loss", {}, 1.5, math.inf),
+    "crd, normalized": ("crd_loss", {"normalize": True}, 1.5, math.inf),
+    "pkt": ("pkt_loss", {}, 2.0, math.inf),
+    "similarity preserving": ("similarity_preserving_loss", {}, 2.0, 3.0),
+    "kernel alignment": ("kernel_alignment_loss", {}, 2.0, 3.0),
 }
 
 
@@ -79,18 +81,23 @@ def floors(student: Tensor, teacher: Tensor, products: float, **_: Tensor) -> di
     x, warm = student.detach(), torch.zeros_like(student)
     n, rows = len(x), min(len(x), 256)
     panel = x.new_empty(rows, n)
-    found: dict[str, Callable[[], object]] = {"memory floor": lambda: torch.add(x, teacher, out=warm)}
-    if products:
 
-        def multiply() -> None:
-            for _ in range(round(products * n / rows)):
-                torch.mm(x[:rows], x.mT, out=panel)
+    def multiply() -> None:
+        for _ in range(round(products * n / rows)):
+            torch.mm(x[:rows], x.mT, out=panel)
 
-        found["matrix products"] = multiply
-    return found
+    return {"memory floor": lambda: torch.add(x, teacher, out=warm), "matrix products": multiply}
 
 
-def case(name: str, function: str, arguments: dict[str, Any], products: float, shape: Any, options: Options) -> Case:
+def case(
+    name: str,
+    function: str,
+    arguments: dict[str, Any],
+    of_rows: float,
+    of_features: float,
+    shape: tuple[int, int],
+    options: Options,
+) -> Case:
     inputs = features(shape, options)
     if function != "crd_loss":
         del inputs["labels"]
@@ -115,7 +122,7 @@ def case(name: str, function: str, arguments: dict[str, Any], products: float, s
         reference=partial(pairs.by_blocks, share) if blocked else reference,
         candidates=candidates,
         baselines=BASELINES,
-        floors=floors(**fresh(inputs), products=products),
+        floors=floors(**fresh(inputs), products=min(of_rows, of_features * shape[1] / shape[0])),
         floor_bytes=3 * inputs["student"].nbytes,
         peers=frozenset({"torchdistill"}),
         matrix_bytes=shape[0] ** 2 * inputs["student"].element_size(),
