@@ -231,7 +231,7 @@ class TeacherReader:
             if size != shard["bytes"]:
                 raise ValueError(f"{file} is damaged: it has {size} bytes and was written with {shard['bytes']}")
         self._rows: list[int] = [shard["rows"] for shard in index["shards"]]
-        self._ends = torch.tensor(self._rows, dtype=torch.int64).cumsum(0)
+        self._ends = torch.tensor(self._rows, dtype=torch.int64, device="cpu").cumsum(0)
         self._mapped: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ class TeacherReader:
     def __getitem__(self, rows: int | slice | Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(rows, slice):
             wanted = range(len(self))[rows]
-            return self._read(wanted.start + wanted.step * torch.arange(len(wanted)))
+            return self._read(wanted.start + wanted.step * torch.arange(len(wanted), device="cpu"))
         if isinstance(rows, Tensor):
             checks.check_tensor("rows", rows, (torch.int64, torch.int32))
             if rows.dim() != 1:
@@ -248,7 +248,7 @@ class TeacherReader:
             return self._read(rows.to("cpu", torch.int64))
         if isinstance(rows, bool) or not isinstance(rows, int):
             raise TypeError(f"rows must be an int, a slice or a 1-D tensor, got {type(rows).__name__}")
-        values, indices = self._read(torch.tensor([rows]))
+        values, indices = self._read(torch.tensor([rows], device="cpu"))
         return values[0], indices[0]
 
     def __reduce__(self) -> tuple[type[TeacherReader], tuple[Path]]:
@@ -261,8 +261,8 @@ class TeacherReader:
         if bool(outside.any()):
             raise IndexError(f"rows must lie in [{-count}, {count}), got {rows[outside][0].item()}")
         rows = rows.where(rows >= 0, rows + count)
-        values = torch.empty(len(rows), self.k, dtype=self.dtype)
-        indices = torch.empty(len(rows), self.k, dtype=torch.int32)
+        values = torch.empty(len(rows), self.k, dtype=self.dtype, device="cpu")
+        indices = torch.empty(len(rows), self.k, dtype=torch.int32, device="cpu")
         shards = torch.bucketize(rows, self._ends, right=True)
         for number in shards.unique().tolist():
             here = (shards == number).nonzero().squeeze(-1)

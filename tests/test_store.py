@@ -218,6 +218,16 @@ def test_a_softened_store_gives_the_softened_loss(tmp_path):
     torch.testing.assert_close(loss, kdfast.kl_divergence(student, teacher, temperature=2.0), rtol=0, atol=2e-2)
 
 
+def test_a_store_is_on_the_cpu_whatever_the_default_device(tmp_path):
+    teacher = logits(ROWS, VOCABULARY)
+    with torch.device("meta"):  # which can be used on a machine without a GPU, and fails where a value is asked for
+        reader = write(tmp_path / "teacher", *teacher.split(10))
+        read = [reader[:], reader[5:16:3], reader[-1], reader[torch.tensor([22, 0, 7], device="cpu")]]
+    values, indices = expected(teacher)
+    for got, rows in zip(read, (slice(None), slice(5, 16, 3), -1, [22, 0, 7]), strict=True):
+        assert_same_bits(got, (values[rows], indices[rows]))
+
+
 def test_only_rows_asked_for_are_read(reader):
     reader[8]
     assert list(reader._mapped) == [1]
