@@ -27,6 +27,7 @@ except ImportError as error:
 FORMAT, VERSION = "kdfast.store", 1
 INDEX = "index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+VALUES = ("logprobs", "logits")
 
 
 class TeacherWriter:
@@ -67,7 +68,7 @@ class TeacherWriter:
         rows_per_shard: int = 2**18,
     ) -> None:
         checks.check_count("k", k, 1)
-        checks.check_option("values", values, ("logprobs", "logits"))
+        checks.check_option("values", values, VALUES)
         checks.check_temperature(temperature)
         checks.check_option("dtype", dtype, tuple(DTYPES.values()))
         checks.check_count("rows_per_shard", rows_per_shard, 1)
@@ -204,7 +205,8 @@ class TeacherReader:
 
     Raises:
         FileNotFoundError: no index: nothing was written there, or the write did not end.
-        ValueError: not a store, a version this reader does not know, or shards that are not as they were written.
+        ValueError: not a store, a version this reader does not know, or an index or shards that are not as they were
+            written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -220,6 +222,7 @@ class TeacherReader:
             raise ValueError(f"{self.path / INDEX} is not the index of a stored teacher")
         if index.get("version") != VERSION:
             raise ValueError(f"{self.path} has version {index.get('version')}, this kdfast reads version {VERSION}")
+        _check_index(self.path / INDEX, index)
         self.vocabulary: int = index["vocabulary"]
         self.k: int = index["k"]
         self.values: str = index["values"]
@@ -293,3 +296,25 @@ class TeacherReader:
 def shard_path(path: Path, number: int) -> Path:
     """Named by position, so that an index cannot name files elsewhere."""
     return path / f"shard-{number:05d}.safetensors"
+
+
+def _check_index(file: Path, index: dict[str, Any]) -> None:
+    """``index``, read from ``file``, holds all that the reader takes from it."""
+    try:
+        checks.check_count("vocabulary", index["vocabulary"], 1)
+        checks.check_k(index["k"], index["vocabulary"], "vocabulary")
+        checks.check_option("values", index["values"], VALUES)
+        checks.check_temperature(index["temperature"])
+        checks.check_option("dtype", index["dtype"], tuple(DTYPES))
+        shards = index["shards"]
+        if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+            raise TypeError(f"shards must be a list of objects, got {shards!r:.60}")
+        for shard in shards:
+            checks.check_count("rows of a shard", shard["rows"], 1)
+            checks.check_count("bytes of a shard", shard["bytes"], 1)
+        if index["rows"] != sum(shard["rows"] for shard in shards):
+            raise ValueError(f"rows must be the sum over its shards, got {index['rows']!r}")
+    except KeyError as error:
+        raise ValueError(f"{file} is damaged: it has no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None

@@ -445,6 +445,47 @@ def test_damage_is_said(reader, damage, exception, match):
         store.TeacherReader(reader.path)[:]
 
 
+@pytest.mark.parametrize("name", ["vocabulary", "k", "temperature", "values", "dtype", "rows", "shards"])
+def test_an_index_that_lacks_something_is_damaged(reader, name):
+    file = reader.path / "index.json"
+    index = json.loads(file.read_text())
+    del index[name]
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index\.json is damaged: it has no '{name}'"):
+        store.TeacherReader(reader.path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        pytest.param(dict(vocabulary=None), "vocabulary must be an int, got NoneType", id="vocabulary null"),
+        pytest.param(dict(vocabulary=0), "vocabulary must be at least 1, got 0", id="no vocabulary"),
+        pytest.param(dict(k="5"), "k must be an int, got str", id="k a string"),
+        pytest.param(dict(k=0), "k must be between 1 and vocabulary = 40, got 0", id="k 0"),
+        pytest.param(dict(k=41), "k must be between 1 and vocabulary = 40, got 41", id="k above the vocabulary"),
+        pytest.param(dict(values="probs"), "values must be 'logprobs' or 'logits', got 'probs'", id="values"),
+        pytest.param(dict(values=["logits"]), "values must be 'logprobs' or 'logits', got", id="values a list"),
+        pytest.param(dict(temperature="1"), "temperature must be a float, got str", id="temperature a string"),
+        pytest.param(dict(temperature=math.nan), "temperature must be finite, got nan", id="temperature NaN"),
+        pytest.param(dict(dtype="float32"), "dtype must be 'float16' or 'bfloat16', got 'float32'", id="dtype"),
+        pytest.param(dict(dtype={}), "dtype must be 'float16' or 'bfloat16', got {}", id="dtype an object"),
+        pytest.param(dict(shards=4), "shards must be a list of objects, got 4", id="shards a number"),
+        pytest.param(dict(shards=[7, 7, 7, 2]), "shards must be a list of objects, got ", id="shards of numbers"),
+        pytest.param(dict(shards=[{"rows": 23}]), "it has no 'bytes'", id="a shard without bytes"),
+        pytest.param(
+            dict(shards=[{"rows": 2.5, "bytes": 9}]), "rows of a shard must be an int, got float", id="half a row"
+        ),
+        pytest.param(dict(shards=[{"rows": -7, "bytes": 9}]), "rows of a shard must be at least 1", id="negative rows"),
+        pytest.param(dict(shards=[]), "rows must be the sum over its shards, got 23", id="shards lost"),
+        pytest.param(dict(rows="23"), "rows must be the sum over its shards, got '23'", id="rows a string"),
+    ],
+)
+def test_a_damaged_index_is_said_at_once(reader, changes, match):
+    edit_index(reader.path, **changes)
+    with pytest.raises(ValueError, match=rf"index\.json is damaged: {match}"):
+        store.TeacherReader(reader.path)
+
+
 def test_no_store_at_all_is_said(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"has no index\.json: it is no stored teacher"):
