@@ -442,6 +442,8 @@ def check_sample_weight(sample_weight: Tensor | None, num_samples: int) -> None:
         return
     check_tensor("sample_weight", sample_weight)
     _check_shape("sample_weight", sample_weight, (num_samples,))
+    if sample_weight.is_meta:
+        return  # without values
     bad = ~(sample_weight.isfinite() & (sample_weight > 0))
     if bool(bad.any()):
         raise ValueError(f"sample_weight must be finite and greater than 0, got {sample_weight[bad][0].item()}")

@@ -16,6 +16,7 @@ class AliasSampler(nn.Module):
     """Draws indices with probabilities in proportion to ``weights``, in constant time each (Walker's alias method).
 
     Every index gets an equal slot, of which it keeps the share ``threshold`` and gives the rest to its ``alias``.
+    Weights without values, on 'meta', give a table of the right shape.
     """
 
     threshold: Tensor
@@ -24,7 +25,7 @@ class AliasSampler(nn.Module):
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
         n = weights.numel()
-        shares = (weights.double() / weights.double().sum() * n).tolist()
+        shares = [] if weights.is_meta else (weights.double() / weights.double().sum() * n).tolist()
         threshold, alias = [1.0] * n, list(range(n))
         poor = [i for i, share in enumerate(shares) if share < 1]
         rich = [i for i, share in enumerate(shares) if share >= 1]
@@ -63,7 +64,8 @@ class CRDLoss(nn.Module):
     ``m_i <- normalise(momentum * m_i + (1 - momentum) * s_i)``. In ``eval()`` mode neither Z nor memories change.
 
     The two projections are parameters of this loss and have to be given to the optimizer. The features given for the
-    teacher get no gradient. Memories, Z and q are buffers, so ``state_dict()`` holds all that training needs.
+    teacher get no gradient. Memories, Z and q are buffers, so ``state_dict()`` holds all that training needs. Built
+    on ``torch.device('meta')`` it holds no values, and needs ``to_empty`` and such a dictionary.
 
     With ``torch.distributed`` initialised, memories start as rank 0's, every rank stores the batches of all ranks, and
     Z is the mean over them. The buffers are then the same everywhere, so ``DistributedDataParallel`` may broadcast them
@@ -135,9 +137,11 @@ class CRDLoss(nn.Module):
         self._alike = False  # whether all ranks have the same memories
         self.student_projection = nn.Linear(student_dim, feature_dim)
         self.teacher_projection = nn.Linear(teacher_dim, feature_dim)
-        weights = torch.ones(num_samples) if sample_weight is None else sample_weight.detach().cpu()
+        device = self.student_projection.weight.device  # the default one, which is where all state belongs
+        weights = torch.ones(num_samples, device="cpu") if sample_weight is None else sample_weight.detach()
+        weights = weights.to("meta" if device.type == "meta" else "cpu")  # the tables are made by loops over numbers
         self.sampler = AliasSampler(weights)
-        self.register_buffer("log_noise", (weights.double() / weights.double().sum()).log().float())
+        self.register_buffer("log_noise", (weights.double() / weights.double().sum()).log().float().to(device))
         self.register_buffer("student_memory", unit_rows(torch.randn(num_samples, feature_dim)))
         self.register_buffer("teacher_memory", unit_rows(torch.randn(num_samples, feature_dim)))
         self.register_buffer("log_normalizer", torch.full((2,), math.nan))  # log Z; NaN until the first batch

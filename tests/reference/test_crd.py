@@ -211,6 +211,21 @@ def test_state_dict_round_trip_continues_the_same_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(loss.buffers(), other.buffers(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "sample_weight", [*WEIGHTS.values(), torch.ones(SAMPLES, device="meta")], ids=[*WEIGHTS, "meta"]
+)
+def test_state_is_made_on_the_default_device(sample_weight: Tensor | None) -> None:
+    """On 'meta', which stands for a GPU too: what is left elsewhere shows."""
+    with torch.device("meta"):
+        loss = CRDLoss(
+            STUDENT_DIM, TEACHER_DIM, SAMPLES, num_negatives=K, feature_dim=WIDTH, sample_weight=sample_weight
+        )
+    assert {name for name, value in loss.state_dict().items() if not value.is_meta} == set()
+    full = make(sample_weight=WEIGHTS["weighted"])
+    loss.to(torch.float64).to_empty(device="cpu").load_state_dict(full.state_dict())
+    assert torch.equal(call(loss, batch()), call(full, batch()))
+
+
 def test_one_seed_gives_one_loss_and_another_another() -> None:
     def run(seed: int) -> float:
         loss, b = make(), batch()
