@@ -8,6 +8,7 @@ what that is and why anything is missing.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -198,6 +199,10 @@ def empty_cache() -> int:
 
 
 def _warn_once(message: str) -> None:
+    """Warns of the line that called kdfast, directly or through a module."""
     if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        frame, level = inspect.currentframe(), 1
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("kdfast", "torch"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -86,6 +86,25 @@ def test_without_the_extension_the_reference_runs_and_warns_once():
     assert "the C++ extension is not built" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda x: kdfast.kl_divergence(x, x, inplace_backward=True), id="function"),
+        pytest.param(lambda x: kdfast.losses.KLDivergence(inplace_backward=True)(x, x), id="module"),
+    ],
+)
+def test_a_warning_is_of_the_line_that_calls(monkeypatch, call):
+    monkeypatch.setattr(backends, "_missing_extension", "it is not built")
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning) as records:
+        call(torch.zeros(2, 3))
+    assert [str(record.message).partition(":")[0] for record in records] == [
+        "kdfast runs the plain PyTorch reference on CPU tensors",
+        "inplace_backward=True saves no memory",
+    ]
+    assert [record.filename for record in records] == [__file__, __file__]
+
+
 def test_the_report_names_every_op_and_the_level():
     text = report()
     for op in backends.KERNELS:
