@@ -1,13 +1,17 @@
-"""``python -m kdfast``: versions, the CPU level chosen, and what each op would run here, and why not more."""
+"""``python -m kdfast``: versions, the CPU level chosen, and what each function would run here, and why not more."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import textwrap
+from collections.abc import Iterable
 
 import torch
 
-from kdfast import backends
+from kdfast import backends, reference
+
+WIDTH = 100
 
 
 def report() -> str:
@@ -18,22 +22,34 @@ def report() -> str:
         f"torch {torch.__version__} (cuda {torch.version.cuda or 'not in this build'})",
         f"cpu kernels: {_cpu_line()}",
         f"cuda device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
-        "",
-        "op            on CPU tensors   on CUDA tensors",
     ]
-    missing = []
-    for op, kernels in backends.KERNELS.items():
-        chosen = [_chosen(op, device) for device in ("cpu", "cuda")]
-        lines.append(f"{op:<14}{chosen[0]:<17}{chosen[1]}")
-        for backend in (*kernels, *backends.BY_NAME.get(op, ())):
+    forced = next(filter(backends.is_forced, backends.NAMES))
+    if forced != backends.AUTO:
+        lines.append(f"forced: {forced} (KDFAST_BACKEND)")
+    title = "on CUDA" if torch.cuda.is_available() else "on CUDA (no device)"
+    lines += ["", *_row("op", "on CPU", title, ["functions"])]
+    notes = []
+    for op, functions in backends.FUNCTIONS.items():
+        chosen = [_chosen(op, device, forced) for device in ("cpu", "cuda")]
+        lines += _row(op, chosen[0][0], chosen[1][0], functions)
+        notes += [f"{forced} raises: {reason}" for _, reason in chosen if reason]
+        for backend in (*backends.KERNELS[op], *backends.BY_NAME.get(op, ())):
             able, reason = backends.can_run(backend, op, "cpu" if backend == backends.CPU else "cuda")
             if not able:
-                missing.append(f"{op}: no {backend} kernel here: {reason}")
-    lines.append("every other function runs the reference (plain PyTorch)")
-    for op, kernels in backends.BY_NAME.items():
-        names = [name for name in kernels if backends.can_run(name, op, "cuda")[0]]
-        lines += [f"{op}: kdfast.backends.use({name!r}) runs its kernel on all that it can" for name in names]
-    return "\n".join([*lines, *([""] if missing else []), *missing])
+                notes.append(f"no {backend} kernels here: {reason}")
+            elif backend not in backends.KERNELS[op]:
+                notes.append(f"{op}: kdfast.backends.use({backend!r}) runs its kernel; what that cannot run raises")
+    with_kernels = {"SimilarityGraph"}.union(*backends.FUNCTIONS.values())  # the former is what two of them return
+    others = [name for name in reference.__all__ if name not in with_kernels]
+    lines += _row("none", backends.REFERENCE, backends.REFERENCE, others)
+    lines += ["", "reference: plain PyTorch", *dict.fromkeys(notes)]
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False) for line in lines)
+
+
+def _row(op: str, on_cpu: str, on_cuda: str, functions: Iterable[str]) -> list[str]:
+    """Lines of the table, more than one where the functions do not fit."""
+    row = f"{op:<14}{on_cpu:<11}{on_cuda:<21}"
+    return textwrap.wrap(row + ", ".join(functions), WIDTH, subsequent_indent=" " * len(row))
 
 
 def _version() -> str:
@@ -49,9 +65,14 @@ def _cpu_line() -> str:
     return f"{backends.cpu_level()} (this processor and build can run {', '.join(backends.cpu_levels())})"
 
 
-def _chosen(op: str, device_type: str) -> str:
-    able = [b for b in backends.KERNELS[op] if backends.can_run(b, op, device_type)[0]]
-    return able[0] if able else backends.REFERENCE
+def _chosen(op: str, device_type: str, forced: str) -> tuple[str, str]:
+    """The backend that runs ``op`` on float32 tensors, as ``backends.select`` finds it; or 'raises', and why."""
+    candidates = (*backends.KERNELS[op], backends.REFERENCE) if forced == backends.AUTO else (forced,)
+    for backend in candidates:
+        able, reason = backends.can_run(backend, op, device_type)
+        if able:
+            return backend, ""
+    return "raises", reason
 
 
 if __name__ == "__main__":

@@ -37,8 +37,18 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "rkd_sequence": (CPU, TRITON),
     "scale": (TRITON,),  # a part of backward, chosen by no function
 }
-# Kernels beside those, which run on all they can where they are asked for by name. Not asked, they take from Triton
-# what a measurement says they are faster at: docs/gpu.md.
+# op -> the public functions that run it; all others run the reference alone.
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "kl": ("kl_divergence", "js_divergence", "kd_loss", "dkd_loss", "standardized_kl_divergence"),
+    "topk_kl": ("topk_kl_divergence",),
+    "relation": ("crd_loss", "pkt_loss", "similarity_preserving_loss", "kernel_alignment_loss"),
+    "features": ("feature_mse_loss", "attention_transfer_loss"),
+    "graph": ("similarity_graph", "graph_distillation_loss", "hardest_negatives"),
+    "rkd": ("rkd_loss", "rkd_distance_loss", "rkd_angle_loss"),
+    "rkd_sequence": ("rkd_sequence_angle_loss",),
+}
+# Kernels beside those, which run where they are asked for by name; what they cannot run then raises. Not asked, they
+# take from Triton what a measurement says they are faster at: docs/gpu.md.
 BY_NAME: dict[str, tuple[str, ...]] = {
     "kl": (CUDA,),  # forward and reverse KL by thread-block clusters
     "graph": (CUDA,),  # the selection from tiles of cuBLAS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import kdfast
 from kdfast import backends
 from kdfast.__main__ import report
+from samples import NAMES
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -105,11 +107,51 @@ def test_a_warning_is_of_the_line_that_calls(monkeypatch, call):
     assert [record.filename for record in records] == [__file__, __file__]
 
 
-def test_the_report_names_every_op_and_the_level():
+def chosen(text: str) -> dict[str, list[str]]:
+    """op -> what the table of the report says of CPU and of CUDA tensors."""
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: row[1:3] for row in rows if row and row[0] in {*backends.KERNELS, "none"}}
+
+
+def test_the_report_names_every_op_function_and_the_level():
     text = report()
-    for op in backends.KERNELS:
-        assert op in text
+    assert set(chosen(text)) == {*backends.KERNELS, "none"} - {"scale"}  # which no function chooses
+    for name in (*NAMES, "CRDLoss"):
+        assert len(re.findall(rf"\b{name}\b", text)) == 1, name
     assert "cpu kernels:" in text
+    assert ("on CUDA (no device)" in text) == (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize(
+    ("name", "kl", "topk_kl", "reasons"),
+    [
+        ("auto", ["cpu", "triton"], ["cpu", "triton"], []),
+        ("reference", ["reference", "reference"], ["reference", "reference"], []),
+        ("cpu", ["cpu", "raises"], ["cpu", "raises"], ["the cpu backend runs on cpu tensors, these are on cuda"]),
+        ("triton", ["raises", "triton"], ["raises", "triton"], ["runs on cuda tensors, these are on cpu"]),
+        ("cuda", ["raises", "cuda"], ["raises", "raises"], ["these are on cpu", "topk_kl has no cuda kernel"]),
+    ],
+)
+def test_the_report_says_what_a_forced_backend_runs_or_why_it_raises(monkeypatch, name, kl, topk_kl, reasons):
+    for missing in ("extension", "triton", "cuda"):
+        monkeypatch.setattr(backends, f"_missing_{missing}", None)
+    monkeypatch.setattr("kdfast.__main__._cpu_line", lambda: "not of interest")
+    with backends.use(name):
+        text = report()
+    rows = chosen(text)
+    assert (rows["kl"], rows["topk_kl"], rows["none"]) == (kl, topk_kl, ["reference", "reference"])
+    raised = [line for line in text.splitlines() if line.startswith(f"{name} raises: ")]
+    assert bool(raised) == bool(reasons)
+    assert all(any(reason in line for line in raised) for reason in reasons)
+    assert (f"forced: {name} (KDFAST_BACKEND)" in text) == (name != "auto")
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_command_reports_the_environment_variable():
+    code = "import runpy; runpy.run_module('kdfast', run_name='__main__')"
+    printed = run_python(code, KDFAST_BACKEND="reference").stdout
+    assert "forced: reference (KDFAST_BACKEND)" in printed
+    assert {tuple(row) for row in chosen(printed).values()} == {("reference", "reference")}
 
 
 def test_an_unavailable_level_is_an_error():
@@ -127,7 +169,7 @@ def test_a_kernel_beside_the_default_runs_where_it_is_asked_for(monkeypatch):
             assert backends.select(op, on_a_gpu) != backend
             with backends.use(backend):
                 assert backends.select(op, on_a_gpu) == backend and backends.is_forced(backend)
-            assert f"use({backend!r}) runs its kernel on all that it can" in report()
+            assert f"{op}: kdfast.backends.use({backend!r}) runs its kernel; what that cannot run raises" in report()
     with backends.use("cuda"), pytest.raises(RuntimeError, match="topk_kl has no cuda kernel"):
         backends.select("topk_kl", on_a_gpu)
     monkeypatch.setattr(backends, "_missing_triton", "triton is not installed")

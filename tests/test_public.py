@@ -77,6 +77,15 @@ def test_the_module_twin_gives_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_table_of_backends_has_its_op(name, monkeypatch):
+    asked, real = set(), kdfast.backends.has_kernel
+    monkeypatch.setattr(kdfast.backends, "has_kernel", lambda op, *args, **kw: asked.add(op) or real(op, *args, **kw))
+    inputs, options = sample_inputs(name, 0, SAMPLES[name].leading[0], 5)
+    getattr(kdfast, name)(**inputs, **options)
+    assert asked == {op for op, functions in kdfast.backends.FUNCTIONS.items() if name in functions}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name):
     for seed in range(6):
         leading = SAMPLES[name].leading[0]
