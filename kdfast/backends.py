@@ -130,7 +130,7 @@ def can_run(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
     """Whether ``backend`` has a kernel of ``op`` for tensors of ``dtype`` on ``device_type``, and if not, why."""
     if backend == REFERENCE:
         return True, ""
-    if backend not in (*KERNELS.get(op, ()), *BY_NAME.get(op, ())):
+    if backend not in KERNELS.get(op, ()) and backend not in BY_NAME.get(op, ()):
         return False, f"{op} has no {backend} kernel"
     missing = {CPU: _missing_extension, TRITON: _missing_triton, CUDA: _missing_cuda}[backend]
     wanted = "cpu" if backend == CPU else "cuda"

@@ -62,8 +62,9 @@ def kl_divergence(
     checks.check_temperature(temperature)
     checks.check_option("direction", direction, ("forward", "reverse"))
     checks.check_reduction(reduction)
-    checks.check_mask(mask, student_logits.shape[:-1], student_logits)
-    checks.check_row_weight(row_weight, student_logits.shape[:-1], student_logits)
+    rows = student_logits.shape[:-1]
+    checks.check_mask(mask, rows, student_logits)
+    checks.check_row_weight(row_weight, rows, student_logits)
     checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.kl_divergence(
@@ -138,8 +139,9 @@ def js_divergence(
     checks.check_fraction("beta", beta)
     checks.check_temperature(temperature)
     checks.check_reduction(reduction)
-    checks.check_mask(mask, student_logits.shape[:-1], student_logits)
-    checks.check_row_weight(row_weight, student_logits.shape[:-1], student_logits)
+    rows = student_logits.shape[:-1]
+    checks.check_mask(mask, rows, student_logits)
+    checks.check_row_weight(row_weight, rows, student_logits)
     checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.js_divergence(
@@ -386,8 +388,9 @@ def standardized_kl_divergence(
     checks.check_logits(student_logits, teacher_logits)
     checks.check_temperature(temperature)
     checks.check_reduction(reduction)
-    checks.check_mask(mask, student_logits.shape[:-1], student_logits)
-    checks.check_row_weight(row_weight, student_logits.shape[:-1], student_logits)
+    rows = student_logits.shape[:-1]
+    checks.check_mask(mask, rows, student_logits)
+    checks.check_row_weight(row_weight, rows, student_logits)
     if not backends.has_kernel("kl", student_logits):
         return reference.standardized_kl_divergence(
             student_logits, teacher_logits, temperature, reduction=reduction, mask=mask, row_weight=row_weight
