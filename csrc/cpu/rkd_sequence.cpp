@@ -40,17 +40,20 @@ template <class C> auto packer() {
 template <class C> struct Angle {
   bool moved;
   C norm_u, norm_v;
-  math::Turn turn{std::acos(0.0), 0, 0};
+  math::Turn turn{std::acos(0.0), 0, 0, 0};
+  double stretch_u = 0, stretch_v = 0;  // what the norms take off: where both lengths are 1 not even its rounding
 
   Angle(const RkdSequenceKernels<C>& k, const C* x, int64_t width) {
     const TwoSums squares = k.steps(x, x + width, x + 2 * width, width);
     // In C, as a definition in C has them: what underflows there has not moved.
-    const C u = C(squares.first), v = C(squares.second), smallest = C(math::kSmallestNorm);
-    norm_u = std::max(std::sqrt(u), smallest), norm_v = std::max(std::sqrt(v), smallest);
+    const C u = std::sqrt(C(squares.first)), v = std::sqrt(C(squares.second)), smallest = C(math::kSmallestNorm);
+    norm_u = std::max(u, smallest), norm_v = std::max(v, smallest);
     moved = !(u == 0 || v == 0);
     if (!moved) return;
     const TwoSums both = k.turns(x, x + width, x + 2 * width, width, norm_u, norm_v);
     turn = math::turn(both.first, both.second);
+    const bool short_u = u < smallest, short_v = v < smallest;
+    stretch_u = short_v && !short_u ? turn.stretch : 0, stretch_v = short_u && !short_v ? turn.stretch : 0;
   }
 };
 
@@ -119,7 +122,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
           C* g = gradient.get() + at * width;
           const C* x = of_student.row(at);
           k.pull(x, x + width, x + 2 * width, width, angle.norm_u, angle.norm_v, C(slope * angle.turn.apart),
-                 C(slope * angle.turn.along), g, g + width, g + 2 * width);
+                 C(slope * angle.turn.along), C(slope * angle.stretch_u), C(slope * angle.stretch_v), g, g + width,
+                 g + 2 * width);
         }
       }
       for (int64_t p = begin; needs_grad && p < end; ++p) {

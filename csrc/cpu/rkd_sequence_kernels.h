@@ -18,9 +18,10 @@ template <class C> struct RkdSequenceKernels {
   TwoSums (*steps)(const C* x0, const C* x1, const C* x2, int64_t width);
   // |u - v|^2 and |u + v|^2.
   TwoSums (*turns)(const C* x0, const C* x1, const C* x2, int64_t width, C norm_u, C norm_v);
-  // Adds `apart` (u - v) - `along` (u + v), over norm_u, to g1, the like for v to g2 and takes both from g0.
-  void (*pull)(const C* x0, const C* x1, const C* x2, int64_t width, C norm_u, C norm_v, C apart, C along, C* g0,
-               C* g1, C* g2);
+  // Adds `apart` (u - v) - `along` (u + v) - `stretch_u` u, over norm_u, to g1, the like for v to g2 and takes both from
+  // g0.
+  void (*pull)(const C* x0, const C* x1, const C* x2, int64_t width, C norm_u, C norm_v, C apart, C along, C stretch_u,
+               C stretch_v, C* g0, C* g1, C* g2);
 };
 
 struct RkdSequenceTables {

@@ -47,6 +47,18 @@ def test_sequences(monkeypatch, dtype, mask):
         assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
 
 
+@pytest.mark.parametrize("short", [[1], [2], [1, 2]], ids=["first", "second", "both"])
+def test_beside_a_step_shorter_than_the_smallest_norm_the_other_has_its_gradient(short):
+    student, teacher = features(1, 3, 5, seed=1).float(), features(1, 3, 7, seed=2).float()
+    student[0, 0] = 0
+    student[0, short] *= 2e-13
+    _, gradient = triton_kernels.rkd_sequence(student, teacher, None, True)
+    leaf = student.double().requires_grad_()
+    reference.rkd_sequence_angle_loss(leaf, teacher.double()).backward()
+    # Each row by its own size: that of a short step is 1e12 times as large.
+    assert ((gradient - leaf.grad).abs() <= 4e-6 * leaf.grad.abs().amax(dim=-1, keepdim=True)).all()
+
+
 def test_straight_sequences_have_gradient_zero():
     line = torch.arange(6.0)[None, :, None] * torch.tensor([1.0, 2.0, -3.0])
     value, gradient = triton_kernels.rkd_sequence(line, features(1, 6, 3).float(), None, True)

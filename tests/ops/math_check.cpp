@@ -51,9 +51,18 @@ void check_apex_gradient() {
   std::printf("apex_gradient_at_limit %g\n", static_cast<double>(fabsl(apex_gradient(r_k, cosine(a_i), r_i, 0.0L) - r_i * r_k)));
 }
 
+// c, at an angle t to a vector of `length`, by central differences in long double.
+double stretch_error(long double t, long double length) {
+  const auto squared = [&](long double s, int sign) { return s * s + length * length + sign * 2 * s * length * cosl(t); };
+  const auto theta = [&](long double s) { return 2 * atan2l(sqrtl(squared(s, -1)), sqrtl(squared(s, 1))); };
+  const long double step = 1e-6L, slope = (theta(1 + step) - theta(1 - step)) / (2 * step);
+  const Turn got = turn(static_cast<double>(squared(1, -1)), static_cast<double>(squared(1, 1)));
+  return static_cast<double>(fabsl(got.stretch - slope));
+}
+
 // Unit vectors at angle t to each other; a and b from d theta = 1 as both turn apart.
 void check_turn() {
-  double worst = 0, worst_slope = 0;
+  double worst = 0, worst_slope = 0, worst_stretch = 0;
   for (long double t : {0.0L, 1e-12L, 1e-6L, 0.1L, 1.0L, 2.0L, 3.0L, 3.1415926L, acosl(-1.0L)}) {
     const long double p = 2 * sinl(t / 2), q = 2 * cosl(t / 2);
     const Turn got = turn(static_cast<double>(p * p), static_cast<double>(q * q));
@@ -61,8 +70,10 @@ void check_turn() {
     // |d theta / du| = sqrt((a p)^2 + (b q)^2) = 1 for unit vectors, where the angle has a direction to grow.
     const double slope = std::hypot(got.apart * static_cast<double>(p), got.along * static_cast<double>(q));
     if (t > 0 && t < 3.14L) worst_slope = std::fmax(worst_slope, std::fabs(slope - 1));
+    for (long double length : {1e-6L, 0.1L, 0.5L, 0.9L})
+      if (t < 3.14L) worst_stretch = std::fmax(worst_stretch, stretch_error(t, length));
   }
-  std::printf("turn %g\nturn_slope %g\n", worst, worst_slope);
+  std::printf("turn %g\nturn_slope %g\nturn_stretch %g\n", worst, worst_slope, worst_stretch);
   const Turn ends[] = {turn(0, 4), turn(4, 0)};
   std::printf("turn_ends %g %g %g %g\n", ends[0].theta, ends[0].apart, ends[1].theta - acos(-1.0), ends[1].along);
 }

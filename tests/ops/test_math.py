@@ -23,6 +23,7 @@ BOUNDS = {
     "apex_gradient_at_limit": 1e-15,
     "turn": 4e-16,
     "turn_slope": 1e-15,
+    "turn_stretch": 1e-10,  # of the differences it is compared with
 }
 
 

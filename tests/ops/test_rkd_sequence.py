@@ -98,6 +98,22 @@ def test_gradients_are_finite_and_accurate_at_every_angle(degrees, dtype):
     torch.testing.assert_close(gradient.double(), leaf.grad, rtol=0, atol=8 * eps / sharp)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("short", [[1], [2], [1, 2]], ids=["first", "second", "both"])
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_beside_a_step_shorter_than_the_smallest_norm_the_other_has_its_gradient(level, short, dtype):
+    """Each row by its own size: that of a short step is 1e12 times as large."""
+    inputs = {k: v.to(dtype) for k, v in sequences(1, 3).items()}
+    inputs["student"][0, 0] = 0
+    inputs["student"][0, short] *= 2e-13
+    with backends.use_cpu_level(level):
+        _, gradient = value_and_gradient(**inputs)
+    leaf = inputs["student"].double().requires_grad_()
+    kdfast.reference.rkd_sequence_angle_loss(leaf, inputs["teacher"].double()).backward()
+    error = (gradient - leaf.grad).abs().amax(dim=-1)
+    assert (error <= 64 * torch.finfo(dtype).eps * leaf.grad.abs().amax(dim=-1)).all()
+
+
 def test_straight_runs_have_gradient_zero():
     line = torch.arange(40.0)[None, :, None] * torch.tensor([1.0, 2.0, -3.0])
     value, gradient = value_and_gradient(line, sequences(1, 40)["teacher"].float())

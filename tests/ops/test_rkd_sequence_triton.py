@@ -19,7 +19,7 @@ def build(kernel: str, width: int, dtype: str, target: str) -> Build:
     from kdfast.ops.rkd_sequence import triton_kernels
 
     signature = {name: "*fp32" for name in NUMBERS} | {"x_ptr": f"*{dtype}", "counts_ptr": "*u8", "d": "i32"}
-    signature |= {"out_ptr": "*fp32"} if kernel == "_turn_gradient_kernel" else {}
+    signature |= {"out_ptr": "*fp32", "stretch_ptr": "*fp32"} if kernel == "_turn_gradient_kernel" else {}
     aligned = [name for name in signature if name != "d" or width % 16 == 0]
     constants = {"WIDTH": triton_kernels.block(width)}
     name = f"{target} {dtype} D={width} {kernel.strip('_')}"

@@ -60,33 +60,43 @@ def _turns_kernel(norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, x_ptr, counts_pt
 
 
 @triton.jit
-def _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr):
+def _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, stretch_ptr, counts_ptr):
     """What the angle at ``row`` sends to its second and its third position: csrc/math/turn.h."""
     here = row >= 0
     here = here & (tl.load(counts_ptr + row, mask=here, other=0) != 0)
     u, v = _steps(x_ptr, row, here, columns, d)
-    over_u = tl.load(norm_u_ptr + row, mask=here, other=1.0)
-    over_v = tl.load(norm_v_ptr + row, mask=here, other=1.0)
+    norm_u = tl.load(norm_u_ptr + row, mask=here, other=1.0)
+    norm_v = tl.load(norm_v_ptr + row, mask=here, other=1.0)
+    over_u = tl.where(norm_u < SMALLEST_NORM, SMALLEST_NORM, norm_u)
+    over_v = tl.where(norm_v < SMALLEST_NORM, SMALLEST_NORM, norm_v)
     u = tl.div_rn(u, tl.broadcast_to(over_u, u.shape))
     v = tl.div_rn(v, tl.broadcast_to(over_v, v.shape))
     off = (u - v) * tl.load(apart_ptr + row, mask=here, other=0.0)
     along = (u + v) * tl.load(along_ptr + row, mask=here, other=0.0)
-    return (off - along) / over_u, (-off - along) / over_v
+    # What the norms take off: where both lengths are 1 not even its rounding.
+    stretch = tl.load(stretch_ptr + row, mask=here, other=0.0)
+    stretch_u = tl.where((norm_v < SMALLEST_NORM) & (norm_u >= SMALLEST_NORM), stretch, 0.0)
+    stretch_v = tl.where((norm_u < SMALLEST_NORM) & (norm_v >= SMALLEST_NORM), stretch, 0.0)
+    return (off - along - u * stretch_u) / over_u, (-off - along - v * stretch_v) / over_v
 
 
 # Reads five rows, four of them from cache, and writes one.
 @triton.jit
 def _turn_gradient_kernel(
-    out_ptr, x_ptr, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr, d, WIDTH: tl.constexpr
+    out_ptr, x_ptr, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, stretch_ptr, counts_ptr, d, WIDTH: tl.constexpr
 ):  # fmt: skip
     """The gradient of one position: first in an angle, second in the one before, third in the one before that."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    u, v = _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
+    u, v = _turn_gradient(x_ptr, row, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, stretch_ptr, counts_ptr)
     total = -(u + v)
-    u, v = _turn_gradient(x_ptr, row - 1, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
+    u, v = _turn_gradient(
+        x_ptr, row - 1, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, stretch_ptr, counts_ptr
+    )
     total += u
-    u, v = _turn_gradient(x_ptr, row - 2, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, counts_ptr)
+    u, v = _turn_gradient(
+        x_ptr, row - 2, columns, d, norm_u_ptr, norm_v_ptr, apart_ptr, along_ptr, stretch_ptr, counts_ptr
+    )
     tl.store(out_ptr + row * d + columns, total + v, mask=columns < d)
 
 
@@ -122,12 +132,12 @@ def rkd_sequence(student: Tensor, teacher: Tensor, mask: Tensor | None, needs_gr
         if needs_grad and d > 0:
             norm_u, norm_v, apart, along = of_student
             slope, total = 2 * off / count, apart + along
-            # a and b of csrc/math/turn.h
-            a, b = ((2 * y / (x * total)).masked_fill_(still | (x == 0), 0.0) for x, y in ((p, q), (q, p)))
-            norm_u, norm_v = (norm.clamp(min=SMALLEST_NORM.value) for norm in (norm_u, norm_v))
+            # a, b and c of csrc/math/turn.h, times the slope
+            a, b = (slope * (2 * y / (x * total)).masked_fill_(still | (x == 0), 0.0) for x, y in ((p, q), (q, p)))
+            c = torch.addcmul(a - b, a + b, along - apart, value=-0.25)
             width = block(d)
             _turn_gradient_kernel[(n * length, cdiv(d, width))](
-                grad, student, norm_u, norm_v, slope * a, slope * b, counts.view(torch.uint8), d,
+                grad, student, norm_u, norm_v, a, b, c, counts.view(torch.uint8), d,
                 WIDTH=width, **OPTIONS,
             )  # fmt: skip
     return loss.float(), grad
