@@ -17,7 +17,8 @@ template <class C> KDFAST_INLINE Vec<C> magnitude(Vec<C> x) { return x < C(0) ? 
 
 // x^p for x >= 0, 0 for 0 whatever p is.
 template <class C> KDFAST_INLINE Vec<C> power_of(Vec<C> x, C p) {
-  const Vec<C> y = log_positive<C>(x) * C(1.4426950408889634074 * p);  // log2(x^p)
+  const Vec<C> log = x == broadcast<C>(C(__builtin_inf())) ? x : log_positive<C>(x);
+  const Vec<C> y = log * C(1.4426950408889634074 * p);  // log2(x^p)
   const Vec<C> e = exp2_nonpositive<C>(y > C(0) ? -y : y);
   return x == C(0) ? Vec<C>{} : (y > C(0) ? C(1) / e : e);
 }

@@ -250,8 +250,8 @@ template <class C> KDFAST_INLINE Vec<C> exp2_nonpositive(Vec<C> x) {
   return x < broadcast<C>(C(1 - M::bias)) ? Vec<C>{} : result;
 }
 
-// log(x) for x >= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py). Below the smallest normal number,
-// 0 included, it is the logarithm of that: here x weighs the result, so the difference vanishes.
+// log(x) for finite x >= 0 or NaN; relative error at most 2 ulp (tests/ops/test_simd.py). Below the smallest normal
+// number, 0 included, it is the logarithm of that: here x weighs the result, so the difference vanishes.
 template <class C> KDFAST_INLINE Vec<C> log_positive(Vec<C> x) {
   using M = Simd<C>;
   using Int = typename M::Int;

@@ -57,6 +57,16 @@ def test_every_power_and_size(p, sizes):
         assert_parity("attention_transfer_loss", inputs, options, dtype, function=attention, seed=seed)
 
 
+@pytest.mark.parametrize("p", [1, 2, 3, 0.5])
+def test_an_infinity_is_one_to_every_power(p):
+    for normalize in (True, False):
+        inputs = maps(*SIZES["no multiple of a vector"], n=3)
+        inputs["student_maps"][0, 1, 0, 1] = inputs["teacher_maps"][1, 2, 0, 1] = math.inf
+        inputs["student_maps"][2, 0, 0, 0] = -math.inf
+        options = {"p": p, "normalize": normalize}
+        assert_parity("attention_transfer_loss", inputs, options, torch.float32, function=attention)
+
+
 def test_pooled_halves_are_summed_in_float32():
     inputs = maps((3, 4), (6, 8))
     inputs["teacher_maps"] *= 100

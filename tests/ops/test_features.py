@@ -89,6 +89,20 @@ def test_a_nan_stays_in_its_sample(sizes):
     assert student.grad.isnan().flatten(1).any(dim=1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("sizes", ["no multiple of a vector", "halved student"])
+@pytest.mark.parametrize("p", [0.5, 1, 1.7, 2, 3])
+@pytest.mark.parametrize("level", backends.cpu_levels())
+def test_an_infinity_is_one_to_every_power(level, p, sizes):
+    """Its slope is 0 for p < 1. Normalized, all of its sample is NaN; else what lies at other pixels is finite."""
+    with backends.use_cpu_level(level):
+        for seed, dtype in enumerate(DTYPES):
+            for normalize in (True, False):
+                inputs = maps(*SIZES[sizes], seed=seed)
+                inputs["student_maps"][0, 1, 0, 1] = inputs["teacher_maps"][1, 2, 0, 1] = math.inf
+                inputs["student_maps"][2, 0, 0, 0] = -math.inf
+                assert_parity("attention_transfer_loss", inputs, {"p": p, "normalize": normalize}, dtype, seed=seed)
+
+
 # Blocks have 8192 elements: rows that end within one, at its end and beyond it.
 SHAPES = ((1, 1), (5, 17), (3, 8192), (4, 3000), (2, 20001), (300, 100))
 

@@ -73,7 +73,6 @@ def _compare_kernel(
     teacher = teacher_ptr + sample * pixels
     inverse_s = tl.full([1], 1.0, tl.float32)
     inverse_t = inverse_s
-    moves = inverse_s == 0
     if NORMALIZE:
         squares_s = tl.zeros([BLOCK], tl.float32)
         squares_t = tl.zeros([BLOCK], tl.float32)
@@ -98,14 +97,17 @@ def _compare_kernel(
         loss += d * d
         along += d * (s * inverse_s)
     tl.store(loss_ptr + sample, tl.sum(loss, axis=0) * scale)
-    projected = tl.where(moves, tl.sum(along, axis=0, keep_dims=True), 0.0)
+    if NORMALIZE:
+        projected = tl.where(moves, tl.sum(along, axis=0, keep_dims=True), 0.0)
     for first in range(0, pixels, BLOCK):
         s, t, pixel = _pair(
             student, teacher, student_parts, teacher_parts, first, pixels, student_share, teacher_share, BLOCK
         )
         u = s * inverse_s
         d = u - t * inverse_t
-        k = (d - projected * u) * (inverse_s * (2.0 * scale * p * student_share))
+        if NORMALIZE:  # else not even 0 times u: that may be infinite
+            d -= projected * u
+        k = d * (inverse_s * (2.0 * scale * p * student_share))
         tl.store(student + pixel, k, mask=pixel < pixels)
 
 
