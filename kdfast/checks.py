@@ -486,7 +486,10 @@ def check_k(k: int, upper: int, upper_name: str) -> None:
 
 def _check_dtype_outside_autocast(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Both tensors have one dtype, to which autocast would bring them itself."""
-    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+    kind = other.device.type
+    # PyTorch raises where it is asked about a device that has no autocast, as 'meta'.
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if tensor.dtype != other.dtype and not enabled:
         raise TypeError(f"{name} and {other_name} must have the same dtype, got {tensor.dtype} and {other.dtype}")
 
 

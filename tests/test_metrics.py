@@ -48,6 +48,13 @@ def test_cka_is_one_minus_the_centred_alignment_loss() -> None:
     torch.testing.assert_close(metrics.cka(x, y), 1 - kernel_alignment_loss(x, y, centered=True))
 
 
+def test_cka_of_meta_tensors_is_a_scalar_there() -> None:
+    x = features(20, 4, dtype=torch.bfloat16).to("meta")
+    for y in (x, features(20, 70, dtype=torch.bfloat16).to("meta")):
+        value = metrics.cka(x, y)
+        assert value.device.type == "meta" and value.shape == () and value.dtype == torch.float32
+
+
 def rotation(d: int) -> Tensor:
     return torch.linalg.qr(features(d, d, seed=9)).Q
 

@@ -288,6 +288,22 @@ def test_a_teacher_may_come_from_inference_mode(name, dtype):
             assert torch.equal(usual, inference)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_tensors_get_the_shapes_and_dtypes_of_others(name):
+    """By the reference: a device without kernels, and without an autocast to switch off."""
+    for seed in range(4):
+        inputs, options = sample_inputs(name, seed, SAMPLES[name].leading[0], 5)
+        results = []
+        for device in ("cpu", "meta"):
+            arguments = cast({**inputs, **options}, torch.bfloat16, device=device)
+            value = first_output(getattr(kdfast, name)(**arguments))
+            leaves = [v for k, v in arguments.items() if is_differentiable(k, v)]
+            tensors = (value, *torch.autograd.grad(value.sum(), leaves))
+            assert {x.device.type for x in tensors} == {device}
+            results.append([(x.shape, x.dtype) for x in tensors])
+        assert results[0] == results[1], options
+
+
 class NothingIsReadByTheHost(TorchDispatchMode):
     """Operators that on a GPU would wait for it are errors: what a value decides, and results whose size it decides."""
 

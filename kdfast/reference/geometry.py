@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,18 @@ def unit_rows(x: Tensor, eps: float = 1e-12, *, add_eps: bool = False) -> Tensor
     return torch.where(norms == 0, 0.0, x) / (norms + eps if add_eps else norms.clamp(min=eps))
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off on the device of ``x``: it would make products of float32 a half type.
+
+    'meta', for one, has no autocast, and PyTorch raises where it is switched off.
+    """
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """``x y^T`` (y = x by default) over the last two dimensions, in their dtype: autocast would make it a half type."""
-    with torch.autocast(x.device.type, enabled=False):
+    """``x y^T`` (y = x by default) over the last two dimensions, in their dtype whatever autocast says."""
+    with no_autocast(x):
         return x @ (x if y is None else y).mT
 
 

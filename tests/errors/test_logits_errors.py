@@ -232,6 +232,13 @@ def test_topk_padding_and_masked_rows_may_hold_anything() -> None:
     topk_kl_divergence(logits(), values, classes, mask=torch.tensor([True, True, False, True]))
 
 
+def test_two_dtypes_on_a_device_without_autocast_are_an_error_like_elsewhere() -> None:
+    arguments = {name: value.to("meta") for name, value in valid(linear_kl_divergence).items()}
+    arguments["teacher_hidden"] = arguments["teacher_hidden"].bfloat16()
+    with pytest.raises(TypeError, match="must have the same dtype"):
+        linear_kl_divergence(**arguments)
+
+
 @pytest.mark.parametrize("halves", [("student_hidden", "teacher_hidden"), ("student_hidden",)])
 def test_under_autocast_projections_may_have_two_dtypes(halves: tuple[str, ...]) -> None:
     arguments = valid(linear_kl_divergence)

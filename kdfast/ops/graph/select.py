@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdfast.ops.graph import triton_kernels
 from kdfast.ops.graph.function import MAX_K, METRICS, empty_graph
+from kdfast.reference.geometry import no_autocast
 
 # (neighbours up to, pairs from which) it was faster on an H100. Few neighbours: of half types alone, since the product
 # of float32 is nearly all the time that either takes.
@@ -57,7 +58,7 @@ def graph(
         return values, indices
     itself = include_self or keys is not None
     # Autocast would round the product.
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False), product_precision(ieee):
+    with torch.cuda.device_of(x), no_autocast(x), product_precision(ieee):
         rows, columns = shape_of_tiles(n, m)
         near, far = triton_kernels.centred(x, y, metric)
         far = F.pad(far, (0, 0, 0, -m % columns))

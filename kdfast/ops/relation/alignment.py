@@ -17,11 +17,12 @@ from kdfast.ops.relation import cpu_steps
 from kdfast.ops.relation.products import feature_products, features_are_cheaper, gradient_by_features, inner_products
 from kdfast.ops.relation.rows import Float64, Rows, constant, empty_gradient
 from kdfast.ops.relation.steps import steps_for
+from kdfast.reference.geometry import no_autocast
 
 
 def kernel_alignment(student: Tensor, teacher: Tensor, centered: bool, needs_grad: bool) -> tuple[Tensor, Tensor]:
     """``torch.ops.kdfast.kernel_alignment``."""
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         x, y = student.detach().flatten(start_dim=1), teacher.detach().flatten(start_dim=1)
         if x.numel() == 0 or y.numel() == 0:
             return constant(1, student, needs_grad)
@@ -41,7 +42,7 @@ def kernel_alignment(student: Tensor, teacher: Tensor, centered: bool, needs_gra
 
 def kernel_cosine(x: Tensor, y: Tensor) -> Tensor:
     """``<K_x, K_y> / (|K_x| |K_y|)`` of (N, D) and (N, E), in PyTorch alone, whatever the device."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return (1 - _one_minus_cosine(cpu_steps, x, y, torch.float64, None)).to(x.dtype)
 
 

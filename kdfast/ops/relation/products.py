@@ -27,6 +27,7 @@ from kdfast.ops.relation.rows import (
     total,
 )
 from kdfast.ops.relation.steps import steps_for
+from kdfast.reference.geometry import no_autocast
 
 SEEN_AT_ONCE = 1024  # rows of a panel of similarity_preserving's whole rows
 # Rows up to which a GPU takes N x N similarities, at most 16 MiB: the host's launches are then most of the time, and
@@ -83,7 +84,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, needs_grad: bool) ->
     n = student.shape[0]
     if n == 0:
         return constant(0, student, needs_grad)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         s, t = raw_rows(student), raw_rows(teacher)
         grad, result = empty_gradient(student, s.x, needs_grad)
         cheaper = features_are_cheaper(n, s.x, t.x, products=(5, 5, 2), instead=(3, 1))

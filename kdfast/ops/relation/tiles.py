@@ -23,6 +23,7 @@ from torch import Tensor
 from kdfast.ops.relation import products
 from kdfast.ops.relation.rows import Float64, Rows, constant, empty_gradient, mean_of_pairs, raw_rows, total
 from kdfast.ops.relation.steps import steps_for
+from kdfast.reference.geometry import no_autocast
 
 # Bytes of a panel: of a CPU so few that it stays in L3 between its two products; of a GPU so many that kernels take
 # longer than their launches, and two of them a fifth of an 8192 x 8192 matrix.
@@ -90,7 +91,7 @@ def crd(
     n = student.shape[0]
     if n == 0:
         return constant(0, student, needs_grad)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         steps = steps_for(student)
         s, t = steps.unit_rows(student, teacher, 1e-12) if normalize else (raw_rows(student), raw_rows(teacher))
         grad, result = empty_gradient(student, s.x, needs_grad)
@@ -135,7 +136,7 @@ def pkt(student: Tensor, teacher: Tensor, eps: float, needs_grad: bool) -> tuple
     n = student.shape[0]
     if n == 0:
         return constant(0, student, needs_grad)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         steps = steps_for(student)
         s, t, sums = steps.pkt_rows(student, teacher, eps)
         grad, result = empty_gradient(student, s.x, needs_grad)
