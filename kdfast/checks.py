@@ -247,12 +247,17 @@ def check_labels(
         raise ValueError(f"labels must lie in [0, {num_classes}){also}, got {bad}")
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    """``ignore_index`` is an int that a label may be."""
+    check_int("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits, got {ignore_index}")
+
+
 def check_int(name: str, value: int) -> None:
-    """``value`` is an int that an int64 tensor can hold."""
+    """``value`` is an int."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
 
 
 def check_count(name: str, value: int, lower: int) -> None:
@@ -413,7 +418,7 @@ def check_inplace_backward(inplace_backward: bool, student_logits: Tensor, teach
         )
     if not student_logits.is_contiguous():
         raise ValueError("inplace_backward=True needs contiguous student_logits, got a strided or expanded view")
-    if not torch.compiler.is_compiling() and _overlap_partly(student_logits, teacher_logits):
+    if not is_traced(student_logits) and _overlap_partly(student_logits, teacher_logits):
         raise ValueError(
             "inplace_backward=True would overwrite rows of teacher_logits that are still to be read: it shares a part "
             "of its memory with student_logits"
@@ -478,8 +483,7 @@ def check_contrast(
 
 def check_k(k: int, upper: int, upper_name: str) -> None:
     """``k`` is an int in [1, upper]."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    check_int("k", k)
     if not 1 <= k <= upper:
         raise ValueError(f"k must be between 1 and {upper_name} = {upper}, got {k}")
 
@@ -493,9 +497,14 @@ def _check_dtype_outside_autocast(name: str, tensor: Tensor, other_name: str, ot
         raise TypeError(f"{name} and {other_name} must have the same dtype, got {tensor.dtype} and {other.dtype}")
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a shape and no values: while it is compiled, and in FakeTensorMode."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+
+
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether the values can be looked at: not on a GPU, which would have to be waited for, nor while tracing."""
-    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
+    """Whether the values can be looked at: a GPU would have to be waited for."""
+    return tensor.device.type == "cpu" and not is_traced(tensor)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& student_maps, const Tensor& t
   Tensor grad = feature_grad(student.tensor, needs_grad);
   char* out = static_cast<char*>(grad.data_ptr());
   const int64_t out_bytes = student.size.channels * student.size.pixels() * static_cast<int64_t>(grad.element_size());
-  const bool streamed = count * out_bytes >= kStreamed;
+  const bool streamed = is_streamed(grad);
   const FeatureKernels& kernels = KDFAST_SELECT_LEVEL(feature_kernels);
   std::vector<double> losses(count);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> feature_mse(const Tensor& student, const Tensor& teac
   Tensor grad = feature_grad(s, needs_grad);
   char* out = needs_grad ? static_cast<char*>(grad.data_ptr()) : nullptr;
   const int64_t out_item = static_cast<int64_t>(grad.element_size());
-  const bool streamed = size * out_item >= kStreamed;
+  const bool streamed = is_streamed(grad);
   const auto kernel = KDFAST_SELECT_LEVEL(feature_kernels).mse[static_cast<int>(storage)];
   const char *student_data = static_cast<const char*>(s.data_ptr()), *teacher_data = static_cast<const char*>(t.data_ptr());
   std::vector<double> losses((size + kMseBlock - 1) / kMseBlock);

@@ -153,16 +153,16 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
     const C k = C(blocks[block].k), l = C(blocks[block].l), o = C(blocks[block].n);
     const double rest = blocks[block].l - double(l);  // NaN where l is infinite
     const C m = shape != Shape::product ? C(blocks[block].m) : rest == rest ? C(rest) : C(0);
-    const auto value_of = [&](int64_t i, int64_t n, auto extent) __attribute__((always_inline)) {
-      Vec<C> value = read(extent, a, i, n, C(0)) * k;
+    const auto value_of = [&](int64_t i, int64_t end, auto extent) __attribute__((always_inline)) {
+      Vec<C> value = read(extent, a, i, end, C(0)) * k;
       if constexpr (shape == Shape::product) {
         // b and l may be large and nearly equal, so m holds what rounding takes from l.
         // A probability of 0 in the row, if not in its block, adds 0: b may be infinite there. A NaN is not 0.
-        value = value == C(0) ? Vec<C>{} : value * (read(extent, b, i, n, C(0)) - l - m);
+        value = value == C(0) ? Vec<C>{} : value * (read(extent, b, i, end, C(0)) - l - m);
       } else if constexpr (shape != Shape::one) {
-        value -= read(extent, b, i, n, C(0)) * l;
-        if constexpr (shape == Shape::hard) value += read(extent, c, i, n, C(0)) * m + o;
-        if constexpr (shape == Shape::standardized) value += read(extent, s, i, n, C(0)) * m + o;
+        value -= read(extent, b, i, end, C(0)) * l;
+        if constexpr (shape == Shape::hard) value += read(extent, c, i, end, C(0)) * m + o;
+        if constexpr (shape == Shape::standardized) value += read(extent, s, i, end, C(0)) * m + o;
       }
       return value;
     };

@@ -28,9 +28,8 @@ Tensor make_grad(const Tensor& student, bool needs_grad, std::optional<ScalarTyp
 Output make_output(const Rows& student, const Tensor& grad, const std::optional<Tensor>& mask,
                    const std::optional<Tensor>& row_weight, int64_t reduction) {
   Output out{storage_of(student.tensor), student.count, student.classes, student.count, static_cast<Reduction>(reduction),
-             rows_of(grad), false, nullptr, nullptr, std::vector<double>(student.count)};
-  // Over the student's own rows it is in cache already.
-  out.streamed = grad.numel() * out.grad.element_size >= kStreamed && out.grad.data != student.data;
+             rows_of(grad), is_streamed(grad), nullptr, nullptr, std::vector<double>(student.count)};
+  if (out.grad.data == student.data) out.streamed = false;  // over the student's own rows, which are in cache
   if (grad.numel() == 0) out.grad.data = nullptr;
   if (mask) {
     out.mask = static_cast<const bool*>(mask->data_ptr());

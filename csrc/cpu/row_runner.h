@@ -25,9 +25,6 @@ constexpr int64_t kSoftmaxCost = 5;
 // Items a thread is woken for, when each costs as much as `elements`.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
 
-// A gradient of at least so many bytes leaves the caches before it is used: it need not come through them.
-constexpr int64_t kStreamed = int64_t{32} << 20;
-
 // The numbers of REDUCTIONS in kdfast/ops/autograd.py.
 enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, batchmean = 3 };
 
@@ -110,6 +107,12 @@ void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& ro
 // The gradient for `needs_grad`: empty, or of the student's shape. Of the student's dtype where no other is given.
 torch::stable::Tensor make_grad(const torch::stable::Tensor& student, bool needs_grad,
                                 std::optional<torch::headeronly::ScalarType> dtype = std::nullopt);
+
+// Whether a gradient is so large that it leaves the caches before it is used: it need not come through them.
+constexpr int64_t kStreamed = int64_t{32} << 20;  // bytes
+inline bool is_streamed(const torch::stable::Tensor& grad) {
+  return grad.numel() * static_cast<int64_t>(grad.element_size()) >= kStreamed;
+}
 
 // Losses go to `loss`, gradients to `grad` (nowhere if it is empty); counts the rows `mask` keeps.
 Output make_output(const Rows& student, const torch::stable::Tensor& grad, const std::optional<torch::stable::Tensor>& mask,

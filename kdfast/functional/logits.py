@@ -204,7 +204,7 @@ def kd_loss(
     https://arxiv.org/abs/1503.02531.
     """
     checks.check_logits(student_logits, teacher_logits)
-    checks.check_int("ignore_index", ignore_index)
+    checks.check_ignore_index(ignore_index)
     if labels is not None:
         checks.check_labels(
             labels,
@@ -546,7 +546,7 @@ def linear_kl_divergence(
     checks.check_fraction("beta", beta)
     checks.check_fraction("label_smoothing", label_smoothing)
     checks.check_mixed_reduction(reduction)
-    checks.check_int("ignore_index", ignore_index)
+    checks.check_ignore_index(ignore_index)
     rows = student_hidden.shape[:-1]
     if labels is not None:
         num_classes = student_weight.shape[0]

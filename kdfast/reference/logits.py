@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from kdfast.reference.geometry import unit_rows
 
@@ -314,7 +315,7 @@ def log_rests(
 
 def refuse_duplicates(indices: Tensor, listed: Tensor) -> None:
     """The one check of this file: a class listed twice has no meaning. On a GPU it would wait for the device."""
-    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
         return
     ordered = indices.masked_fill(~listed, -1).sort(dim=-1).values
     if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from kdfast import backends
+from kdfast import backends, checks
 from kdfast.ops.library import LIBRARY, define
 
 # Gradients of up to so many elements are multiplied by PyTorch, which takes the host a tenth of the time of a launch by
@@ -35,7 +34,7 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
 
     Whether it is 1, on a GPU only the GPU knows: a kernel looks, and nobody waits for it.
     """
-    if torch.compiler.is_compiling() or isinstance(factor, FakeTensor):
+    if checks.is_traced(factor):
         return grad.mul_(factor)  # which a compiler may fuse with what comes next
     if backends.on_gpu(grad):
         if grad.numel() <= SMALL:
