@@ -11,11 +11,6 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-KDFAST_INLINE int64_t block_length(int64_t classes, int64_t block) {
-  const int64_t left = classes - block * kBlock;
-  return left < kBlock ? left : kBlock;
-}
-
 // Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
 template <class S> KDFAST_INLINE ComputeOf<S> largest(const S* p, int64_t n) {
   using C = ComputeOf<S>;
@@ -41,15 +36,18 @@ template <class C> KDFAST_INLINE Vec<C> hard_exponential(Vec<C> soft, Vec<C> x, 
   return exp2_nonpositive<C>(x * C(kLog2E));
 }
 
-// `next_s`, `next_t`: where the next block will be read from.
+// Sums relative to the maxima. `next_s`, `next_t`: where the next block will be read from.
 template <Form form, class S, class N>
-KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, const N* next_t, int64_t n, const Row& row,
-                                     ComputeOf<S>* keep_a, ComputeOf<S>* keep_b, ComputeOf<S>* keep_c) {
+KDFAST_INLINE BlockStats sums(const S* s, const S* t, const N* next_s, const N* next_t, const Block& block,
+                              ComputeOf<S> max_s, ComputeOf<S> max_t) {
   using C = ComputeOf<S>;
-  const C max_s = largest(s, n), max_t = form == Form::student ? C(0) : largest(t, n);
+  const int64_t n = block.length;
+  C* const keep_a = static_cast<C*>(block.a);
+  C* const keep_b = static_cast<C*>(block.b);
+  C* const keep_c = static_cast<C*>(block.c);
   // y = x log2(e), so that e = 2^y; sums of y become sums of x at the end.
-  const C inverse_s = C(row.inverse_student), factor_s = C(row.inverse_student * kLog2E);
-  const C inverse_t = C(row.inverse_teacher), factor_t = C(row.inverse_teacher * kLog2E);
+  const C inverse_s = C(block.inverse_student), factor_s = C(block.inverse_student * kLog2E);
+  const C inverse_t = C(block.inverse_teacher), factor_t = C(block.inverse_teacher * kLog2E);
   Vec<C> sum_s{}, sum_t{}, cross{}, hard{}, logits{}, student_x{}, teacher_x{};
   each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
     // The next block comes from memory while this one is computed.
@@ -71,7 +69,7 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
         kept_b = e_s == C(0) ? Vec<C>{} : difference;
         cross += e_s * kept_b;
       } else if constexpr (form == Form::js) {
-        if (keep_c) write(extent, keep_c, i, n, difference);
+        if (keep_c) store(keep_c + i, difference);
       } else {
         cross = e_t == C(0) ? cross : cross + e_t * (y_t - y_s);
       }
@@ -84,11 +82,11 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
       const Vec<C> e_hard = hard_exponential<C>(e_s, shifted, inverse_s);
       hard += e_hard;
       logits += read(extent, s, i, n, C(0));
-      if (keep_c) write(extent, keep_c, i, n, e_hard);
+      if (keep_c) store(keep_c + i, e_hard);
     }
     if (keep_a) {
-      write(extent, keep_a, i, n, e_s);
-      if constexpr (form != Form::student) write(extent, keep_b, i, n, kept_b);
+      store(keep_a + i, e_s);
+      if constexpr (form != Form::student) store(keep_b + i, kept_b);
     }
   });
   constexpr bool has_teacher = form != Form::student, has_hard = form == Form::forward_hard;
@@ -105,63 +103,81 @@ KDFAST_INLINE BlockStats block_stats(const S* s, const S* t, const N* next_s, co
           has_x ? kLn2 * sum_lanes<C>(teacher_x) : 0};
 }
 
-// Widened copy of a block with the holes that fall into it at -inf; false where none does.
-template <class S>
-bool punch(const S* p, int64_t begin, int64_t n, const int64_t* holes, int64_t num_holes, ComputeOf<S>* copy) {
+// Widened copy of a block's side with the holes that fall into it at -inf; false where none does.
+template <class S> bool punch(const S* p, const Block& block, ComputeOf<S>* copy) {
   using C = ComputeOf<S>;
+  const int64_t n = block.length;
   bool any = false;
-  for (int64_t h = 0; h < num_holes; ++h) {
-    if (holes[h] < begin || holes[h] >= begin + n) continue;
+  for (int64_t h = 0; h < block.num_holes; ++h) {
+    const int64_t hole = block.holes[h] - block.begin;
+    if (hole < 0 || hole >= n) continue;
     if (!any) each_vector<C>(n, [&](int64_t i, auto extent) { write(extent, copy, i, n, read(extent, p, i, n, C(0))); });
     any = true;
-    copy[holes[h] - begin] = C(-kInfinity);
+    copy[hole] = C(-kInfinity);
   }
   return any;
 }
 
+// Statistics of a block that a hole falls into; false where none does.
 template <Form form, class S>
-void stats(const Row& row, int64_t first, int64_t last, BlockStats* blocks, const Scratch& scratch) {
+bool punched_stats(const Block& block, const S* next_s, const S* next_t, BlockStats& result) {
   using C = ComputeOf<S>;
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * kBlock, n = block_length(row.classes, block);
-    const S* s = static_cast<const S*>(row.student) + begin;
-    const S* t = static_cast<const S*>(row.teacher) + begin;
-    C* a = scratch.a ? static_cast<C*>(scratch.a) + begin : nullptr;
-    C* b = scratch.b ? static_cast<C*>(scratch.b) + begin : nullptr;
-    C* c = scratch.c ? static_cast<C*>(scratch.c) + begin : nullptr;
-    C student_copy[kBlock], teacher_copy[kBlock];
-    if (punch(s, begin, n, row.holes, row.num_holes, student_copy)) {
-      if constexpr (form != Form::student) punch(t, begin, n, row.holes, row.num_holes, teacher_copy);
-      blocks[block] = block_stats<form, C>(student_copy, teacher_copy, s + n, t + n, n, row, a, b, c);
-    } else {
-      blocks[block] = block_stats<form, S>(s, t, s + n, t + n, n, row, a, b, c);
+  C s[kBlock], t[kBlock];
+  if (!punch(static_cast<const S*>(block.student), block, s)) return false;
+  const bool has_teacher = form != Form::student && punch(static_cast<const S*>(block.teacher), block, t);
+  result = sums<form, C>(s, t, next_s, next_t, block, largest(s, block.length), has_teacher ? largest(t, block.length) : 0);
+  return true;
+}
+
+template <Form form, class S> void stats(const Block* blocks, int64_t first, int64_t last, BlockStats* results) {
+  const auto student = [&](int64_t i) { return static_cast<const S*>(blocks[i].student); };
+  const auto teacher = [&](int64_t i) { return static_cast<const S*>(blocks[i].teacher); };
+  ComputeOf<S> max_s[kMostRows], max_t[kMostRows];
+  const auto find_maxima = [&](int64_t i, int64_t slot) {
+    max_s[slot] = largest(student(i), blocks[i].length);
+    max_t[slot] = form == Form::student ? 0 : largest(teacher(i), blocks[i].length);
+  };
+  for (int64_t begin = first; begin < last;) {
+    const int64_t length = blocks[begin].length, left = last - begin;
+    const int64_t together = length == kBlock ? 1 : left < kMostRows ? left : kMostRows, ahead = together * length;
+    // The maxima of short rows are found for several of them first: no exponential then waits for one.
+    for (int64_t slot = 0; slot < together; ++slot)
+      if (blocks[begin + slot].num_holes == 0) find_maxima(begin + slot, slot);
+    for (int64_t slot = 0; slot < together; ++slot) {
+      const int64_t i = begin + slot;
+      const S *next_s = student(i) + ahead, *next_t = teacher(i) + ahead;
+      if (blocks[i].num_holes != 0) {
+        if (punched_stats<form>(blocks[i], next_s, next_t, results[i])) continue;
+        find_maxima(i, slot);
+      }
+      results[i] = sums<form>(student(i), teacher(i), next_s, next_t, blocks[i], max_s[slot], max_t[slot]);
     }
+    begin += together;
   }
 }
 
 template <Shape shape, class S>
-void grad(void* grad_row, const void* student_row, int64_t classes, int64_t first, int64_t last,
-          const Coefficients* blocks, const Scratch& scratch, bool streamed) {
+void grad(const Block* blocks, int64_t first, int64_t last, const Coefficients* coefficients, bool streamed) {
   using C = ComputeOf<S>;
   for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * kBlock, n = block_length(classes, block);
-    S* g = static_cast<S*>(grad_row) + begin;
-    const S* s = static_cast<const S*>(student_row) + begin;
-    const C* a = static_cast<const C*>(scratch.a) + begin;
-    const C* b = static_cast<const C*>(scratch.b) + begin;
-    const C* c = static_cast<const C*>(scratch.c) + begin;
-    const C k = C(blocks[block].k), l = C(blocks[block].l), o = C(blocks[block].n);
-    const double rest = blocks[block].l - double(l);  // NaN where l is infinite
-    const C m = shape != Shape::product ? C(blocks[block].m) : rest == rest ? C(rest) : C(0);
+    const int64_t n = blocks[block].length;
+    S* g = static_cast<S*>(blocks[block].grad);
+    const S* s = static_cast<const S*>(blocks[block].student);
+    const C* a = static_cast<const C*>(blocks[block].a);
+    const C* b = static_cast<const C*>(blocks[block].b);
+    const C* c = static_cast<const C*>(blocks[block].c);
+    const C k = C(coefficients[block].k), l = C(coefficients[block].l), o = C(coefficients[block].n);
+    const double rest = coefficients[block].l - double(l);  // NaN where l is infinite
+    const C m = shape != Shape::product ? C(coefficients[block].m) : rest == rest ? C(rest) : C(0);
     const auto value_of = [&](int64_t i, int64_t end, auto extent) __attribute__((always_inline)) {
-      Vec<C> value = read(extent, a, i, end, C(0)) * k;
+      Vec<C> value = load(a + i) * k;
       if constexpr (shape == Shape::product) {
         // b and l may be large and nearly equal, so m holds what rounding takes from l.
         // A probability of 0 in the row, if not in its block, adds 0: b may be infinite there. A NaN is not 0.
-        value = value == C(0) ? Vec<C>{} : value * (read(extent, b, i, end, C(0)) - l - m);
+        value = value == C(0) ? Vec<C>{} : value * (load(b + i) - l - m);
       } else if constexpr (shape != Shape::one) {
-        value -= read(extent, b, i, end, C(0)) * l;
-        if constexpr (shape == Shape::hard) value += read(extent, c, i, end, C(0)) * m + o;
+        value -= load(b + i) * l;
+        if constexpr (shape == Shape::hard) value += load(c + i) * m + o;
         if constexpr (shape == Shape::standardized) value += read(extent, s, i, end, C(0)) * m + o;
       }
       return value;
@@ -177,40 +193,43 @@ void grad(void* grad_row, const void* student_row, int64_t classes, int64_t firs
 
 // Mean, then squares around it: the one-pass formula cancels. The mean is a sum of differences with the first value,
 // which are 0 in a row of one value: rounding must not give it a deviation.
-template <class S> void moments(const void* logits, int64_t classes, int64_t first, int64_t last, Moments* blocks) {
+template <class S> Moments moments_of(const S* p, int64_t n) {
   using C = ComputeOf<S>;
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t n = block_length(classes, block);
-    const S* p = static_cast<const S*>(logits) + block * kBlock;
-    const C first_value = C(load_tail(p, 1, C(0))[0]);
-    Vec<C> sum{}, squares{};
-    each_vector<C>(n, [&](int64_t i, auto extent) { sum += read(extent, p, i, n, first_value) - first_value; });
-    const C mean = C(first_value + sum_lanes<C>(sum) / n);
-    each_vector<C>(n, [&](int64_t i, auto extent) {
-      const Vec<C> d = read(extent, p, i, n, mean) - mean;
-      squares += d * d;
-    });
-    blocks[block] = {double(n), double(mean), sum_lanes<C>(squares)};
+  const C first_value = C(load_tail(p, 1, C(0))[0]);
+  Vec<C> sum{}, squares{};
+  each_vector<C>(n, [&](int64_t i, auto extent) { sum += read(extent, p, i, n, first_value) - first_value; });
+  const C mean = C(first_value + sum_lanes<C>(sum) / n);
+  each_vector<C>(n, [&](int64_t i, auto extent) {
+    const Vec<C> d = read(extent, p, i, n, mean) - mean;
+    squares += d * d;
+  });
+  return {double(n), double(mean), sum_lanes<C>(squares)};
+}
+
+template <class S>
+void moments(const Block* blocks, int64_t first, int64_t last, Moments* student, Moments* teacher) {
+  for (int64_t i = first; i < last; ++i) {
+    student[i] = moments_of(static_cast<const S*>(blocks[i].student), blocks[i].length);
+    teacher[i] = moments_of(static_cast<const S*>(blocks[i].teacher), blocks[i].length);
   }
 }
 
 // With d = log(p_s / p_t), which the logits give without a logarithm, log(m / p) of the larger p is all that is missing:
 // its argument lies between that side's weight and 1.
 template <class S>
-void mix(int64_t classes, int64_t first, int64_t last, double beta, const Coefficients* blocks, MixSums* sums,
-         const Scratch& scratch) {
+void mix(const Block* blocks, int64_t first, int64_t last, double beta, const Coefficients* coefficients,
+         MixSums* results) {
   using C = ComputeOf<S>;
   const Vec<C> teacher_share = broadcast<C>(C(beta)), student_share = broadcast<C>(C(1 - beta)), one = broadcast<C>(1);
   for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * kBlock, n = block_length(classes, block);
-    C* a = static_cast<C*>(scratch.a) + begin;
-    C* b = static_cast<C*>(scratch.b) + begin;
-    const C* c = static_cast<const C*>(scratch.c) + begin;
-    const C k = C(blocks[block].k), l = C(blocks[block].l), shift = C(blocks[block].m);
+    C* a = static_cast<C*>(blocks[block].a);
+    C* b = static_cast<C*>(blocks[block].b);
+    const C* c = static_cast<const C*>(blocks[block].c);
+    const C k = C(coefficients[block].k), l = C(coefficients[block].l), shift = C(coefficients[block].m);
     Vec<C> student{}, teacher{};
-    each_vector<C>(n, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-      const Vec<C> p_s = read(extent, a, i, n, C(0)) * k, p_t = read(extent, b, i, n, C(0)) * l;
-      const Vec<C> d = read(extent, c, i, n, C(0)) + shift;
+    each_vector<C>(blocks[block].length, [&](int64_t i, auto) __attribute__((always_inline)) {
+      const Vec<C> p_s = load(a + i) * k, p_t = load(b + i) * l;
+      const Vec<C> d = load(c + i) + shift;
       const auto student_larger = d > C(0);  // not so for a NaN, which stays in d
       const Vec<C> larger = student_larger ? p_s : p_t, smaller = student_larger ? p_t : p_s;
       const Vec<C> ratio = smaller / (larger == C(0) ? one : larger);
@@ -220,10 +239,10 @@ void mix(int64_t classes, int64_t first, int64_t last, double beta, const Coeffi
       // A probability of 0 adds 0, whatever it is divided by.
       student += p_s == C(0) ? Vec<C>{} : p_s * log_s;
       teacher += p_t == C(0) ? Vec<C>{} : p_t * log_t;
-      write(extent, a, i, n, p_s);
-      write(extent, b, i, n, log_s);
+      store(a + i, p_s);
+      store(b + i, log_s);
     });
-    sums[block] = {sum_lanes<C>(student), sum_lanes<C>(teacher)};
+    results[block] = {sum_lanes<C>(student), sum_lanes<C>(teacher)};
   }
 }
 

@@ -1,9 +1,10 @@
 // The per-row work of the kl family, one level's worth: what kl.cpp and topk_kl.cpp drive and kl_rows.cpp implements.
 //
-// A row is cut into blocks of kBlock classes. `stats` reads a block of student and teacher once from memory and leaves,
-// relative to the block's own maxima, sums and up to three numbers an element; `grad` turns those into the gradient
-// without another exponential. Blocks are independent, so a long row can be shared by threads, and are merged in order
-// (merge.h), so the result does not depend on how many threads there were.
+// A row is cut into blocks of kBlock classes; a short row is one block, and several of them are worked on together.
+// `stats` reads a block of student and teacher once from memory and leaves, relative to the block's own maxima, sums and
+// up to three numbers an element; `grad` turns those into the gradient without another exponential. Blocks are
+// independent, so a long row can be shared by threads, and are merged in order (merge.h), so the result does not depend
+// on how many threads there were.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,9 @@
 namespace kdfast {
 
 constexpr int64_t kBlock = 2048;  // two inputs and two scratch rows of a block: 32 KiB, two thirds of a 48 KiB L1
+constexpr int64_t kMostRows = 8;  // rows of one block that are worked on together: more gain nothing
 
-inline int64_t num_blocks(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
+inline int64_t num_blocks(int64_t classes) { return classes == 0 ? 1 : (classes + kBlock - 1) / kBlock; }
 
 enum class Storage : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
 constexpr int kStorages = 4;
@@ -38,17 +40,16 @@ struct BlockStats {
   double student_x, teacher_x;      // standardized: sum e_s x_s, sum e_t x_s
 };
 
-struct Row {
-  const void* student;
-  const void* teacher;
-  int64_t classes;
+struct Block {
+  const void *student, *teacher;            // its first class
+  void* grad;                               // or null
+  int64_t begin, length;                    // classes of the row
   double inverse_student, inverse_teacher;  // 1 / T, or 1 / (T std) where logits are standardized
-  const int64_t* holes;                     // classes to leave out, as if their logits were -inf
+  const int64_t* holes;                     // classes of the row to leave out, as if their logits were -inf
   int64_t num_holes;
-};
-
-struct Scratch {
-  void *a, *b, *c;  // classes numbers each, in float (float64 storage: double); null where not kept
+  // Scratch, null where not kept: `length` numbers each, in float (float64 storage: double), of which whole vectors are
+  // read and written.
+  void *a, *b, *c;
 };
 
 // How `grad` reads scratch; coefficients are per block.
@@ -73,16 +74,14 @@ struct MixSums {
   double student, teacher;  // sum p_s log(p_s / m), sum p_t log(p_t / m)
 };
 
-// All work on blocks [first, last) of one row.
+// All work on blocks [first, last).
 struct KlKernels {
-  using Stats = void (*)(const Row&, int64_t first, int64_t last, BlockStats*, const Scratch&);
+  using Stats = void (*)(const Block*, int64_t first, int64_t last, BlockStats*);
   // `streamed`: by stores that pass by the caches.
-  using Grad = void (*)(void* grad, const void* student, int64_t classes, int64_t first, int64_t last,
-                        const Coefficients*, const Scratch&, bool streamed);
-  using FindMoments = void (*)(const void* logits, int64_t classes, int64_t first, int64_t last, Moments*);
+  using Grad = void (*)(const Block*, int64_t first, int64_t last, const Coefficients*, bool streamed);
+  using FindMoments = void (*)(const Block*, int64_t first, int64_t last, Moments* student, Moments* teacher);
   // p_s = k a, p_t = l b, m = beta p_t + (1 - beta) p_s; leaves a = p_s, b = log(p_s / m).
-  using Mix = void (*)(int64_t classes, int64_t first, int64_t last, double beta, const Coefficients*, MixSums*,
-                       const Scratch&);
+  using Mix = void (*)(const Block*, int64_t first, int64_t last, double beta, const Coefficients*, MixSums*);
   Stats stats[kForms][kStorages];
   Grad grad[kShapes][kStorages];
   FindMoments moments[kStorages];

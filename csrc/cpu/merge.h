@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "cpu/kl_rows.h"
 
@@ -32,15 +31,18 @@ struct RowStats : BlockStats {
   double log_ratio() const { return std::log(sum_student / sum_teacher); }
 };
 
-inline RowStats merge(const std::vector<BlockStats>& blocks, Form form, double inverse_student, double inverse_teacher) {
-  if (blocks.size() == 1) return {blocks[0], inverse_student, inverse_teacher};  // a short row has no time to lose
-  RowStats row{{-INFINITY, -INFINITY, 0, 0, 0, 0, 0, 0, 0}, inverse_student, inverse_teacher};
+// `stats`: of a row's `count` blocks; `block`: one of them.
+inline RowStats merge(const Block& block, const BlockStats* stats, int64_t count, Form form) {
+  if (count == 1) return {*stats, block.inverse_student, block.inverse_teacher};  // a short row has no time to lose
+  RowStats row{{-INFINITY, -INFINITY, 0, 0, 0, 0, 0, 0, 0}, block.inverse_student, block.inverse_teacher};
   // A block whose logits are all -inf has sum 0 and says nothing about the maximum.
-  for (const BlockStats& b : blocks) {
+  for (int64_t i = 0; i < count; ++i) {
+    const BlockStats& b = stats[i];
     if (b.sum_student != 0) row.max_student = std::max(row.max_student, b.max_student);
     if (b.sum_teacher != 0) row.max_teacher = std::max(row.max_teacher, b.max_teacher);
   }
-  for (const BlockStats& b : blocks) {
+  for (int64_t i = 0; i < count; ++i) {
+    const BlockStats& b = stats[i];
     const double f_s = row.student_factor(b), f_t = row.teacher_factor(b);
     const double shift_s = row.student_shift(b), shift_t = row.teacher_shift(b);
     row.sum_student += f_s * b.sum_student;
@@ -63,13 +65,14 @@ inline RowStats merge(const std::vector<BlockStats>& blocks, Form form, double i
 // A class's share of a divergence, p (log p - log q); 0 where p is.
 inline double kl_term(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (log_p - log_q); }
 
-inline Moments merge(const std::vector<Moments>& blocks) {
+inline Moments merge(const Moments* moments, int64_t count) {
   Moments row{0, 0, 0};
-  for (const Moments& b : blocks) {
-    const double count = row.count + b.count, delta = b.mean - row.mean;
-    row.squares += b.squares + delta * delta * row.count * b.count / count;
-    row.mean += delta * b.count / count;
-    row.count = count;
+  for (int64_t i = 0; i < count; ++i) {
+    const Moments& b = moments[i];
+    const double total = row.count + b.count, delta = b.mean - row.mean;
+    row.squares += b.squares + delta * delta * row.count * b.count / total;
+    row.mean += delta * b.count / total;
+    row.count = total;
   }
   return row;
 }

@@ -48,60 +48,111 @@ struct Output {
   void* grad_row(int64_t r) const { return grad.row(r); }
 };
 
-// Scratch and block results of one thread (or of all, where they share a row).
-class Workspace {
- public:
-  Workspace(int64_t classes, Storage storage, int kept)
-      : stats(num_blocks(classes)), coefficients(num_blocks(classes)), mixed(num_blocks(classes)),
-        moments(num_blocks(classes)), bytes_(whole_lines(classes * compute_size(storage))),
-        memory_(uninitialized<char>(kept * bytes_)), kept_(kept) {}
-
-  Scratch scratch() const { return {part(0), part(1), part(2)}; }
-
-  std::vector<BlockStats> stats;
-  std::vector<Coefficients> coefficients;
-  std::vector<MixSums> mixed;
-  std::vector<Moments> moments;
-
- private:
-  void* part(int i) const { return i < kept_ ? memory_.get() + i * bytes_ : nullptr; }
-
-  int64_t bytes_;
-  Array<char> memory_;
-  int kept_;
+// An element of a row's gradient that is not made like the others.
+struct Patch {
+  int64_t at;
+  double value;
 };
 
-// body(first, last) over the blocks of a row, by all threads if `shared`.
-template <class Body> void each_block(int64_t classes, bool shared, const Body& body) {
-  const int64_t blocks = num_blocks(classes);
+// Blocks, scratch and block results of the rows a thread works on together (or all threads on one long row).
+class Workspace {
+ public:
+  // `kept`: numbers kept of a class. Short rows are worked on several at a time, if `together`.
+  Workspace(const Output& out, double inverse_temperature, int kept, bool together = true)
+      : blocks_per_row(num_blocks(out.classes)) {
+    const int64_t size = compute_size(out.storage), row_bytes = whole_lines(out.classes * size);
+    // Two inputs, a gradient and scratch: together they stay in the L1 cache.
+    const int64_t most = kTogetherBytes / std::max<int64_t>(1, (3 + kept) * row_bytes);
+    capacity_ = together ? std::clamp<int64_t>(most, 1, kMostRows) : 1;
+    // A streamed gradient reads scratch from where its own rows are aligned: up to a vector beyond the end.
+    memory_ = uninitialized<char>(capacity_ * kept * row_bytes + static_cast<int64_t>(kLine));
+    rows.reserve(capacity_);
+    for (int64_t row = 0; row < capacity_; ++row) {
+      for (int64_t i = 0; i < blocks_per_row; ++i) {
+        const int64_t begin = i * kBlock;
+        const auto scratch = [&](int number) {
+          return number < kept ? memory_.get() + (row * kept + number) * row_bytes + begin * size : nullptr;
+        };
+        blocks.push_back({nullptr, nullptr, nullptr, begin, std::min(kBlock, out.classes - begin), inverse_temperature,
+                          inverse_temperature, nullptr, 0, scratch(0), scratch(1), scratch(2)});
+      }
+    }
+    stats.resize(blocks.size()), coefficients.resize(blocks.size());
+  }
+
+  bool is_full() const { return static_cast<int64_t>(rows.size()) == capacity_; }
+  int64_t first_block(int64_t row) const { return row * blocks_per_row; }
+  int64_t num_laid_out() const { return first_block(rows.size()); }
+
+  // Lays the blocks over `rows`, without holes; without a teacher none is read.
+  void place(const Rows& student, const Rows* teacher, const Output& out) {
+    Block* block = blocks.data();
+    for (const int64_t r : rows) {
+      const char *const s = student.row(r), *const t = teacher ? teacher->row(r) : nullptr;
+      char* const g = out.wants_grad() ? out.grad.row(r) : nullptr;
+      for (int64_t i = 0; i < blocks_per_row; ++i, ++block) {
+        block->student = s + block->begin * student.element_size;
+        block->teacher = t ? t + block->begin * student.element_size : nullptr;
+        block->grad = g ? g + block->begin * out.grad.element_size : nullptr;
+        block->num_holes = 0;
+      }
+    }
+  }
+
+  RowStats merged(int64_t row, Form form) const {
+    return merge(blocks[first_block(row)], &stats[first_block(row)], blocks_per_row, form);
+  }
+
+  const int64_t blocks_per_row;
+  std::vector<int64_t> rows;
+  std::vector<Block> blocks;  // of the first row, of the second, ...
+  std::vector<BlockStats> stats;
+  std::vector<Coefficients> coefficients;
+  std::vector<Patch> patches;  // none, or one a row
+  std::vector<MixSums> mixed;
+  std::vector<Moments> student_moments, teacher_moments;
+
+ private:
+  static constexpr int64_t kTogetherBytes = 40 << 10;
+
+  int64_t capacity_;
+  Array<char> memory_;
+};
+
+// body(first, last) over the blocks laid out, by all threads if `shared`.
+template <class Body> void each_block(const Workspace& w, bool shared, const Body& body) {
+  const int64_t count = w.num_laid_out();
   if (shared)
-    torch::stable::parallel_for(0, blocks, grain(kSoftmaxCost * kBlock), body);
+    torch::stable::parallel_for(0, count, grain(kSoftmaxCost * kBlock), body);
   else
-    body(0, blocks);
+    body(0, count);
 }
 
-// row(r, workspace, shared) for every row that counts; the others get loss 0 and gradient 0 and are not read.
-template <class MakeWorkspace, class OneRow>
-void each_row(Output& out, const MakeWorkspace& make_workspace, const OneRow& row) {
-  const auto run = [&](int64_t r, auto& workspace, bool shared) {
-    if (out.mask == nullptr || out.mask[r]) {
-      out.loss[r] = row(r, workspace, shared);
-      return;
+// work(workspace, shared) on workspace.rows, for all rows that count; the others get loss 0 and gradient 0 and are not read.
+template <class MakeWorkspace, class Work>
+void each_row(Output& out, const MakeWorkspace& make_workspace, const Work& work) {
+  const auto run = [&](int64_t begin, int64_t end, bool shared) {
+    auto w = make_workspace();
+    for (int64_t r = begin; r < end;) {
+      w.rows.clear();
+      for (; r < end && !w.is_full(); ++r) {
+        if (out.mask == nullptr || out.mask[r]) {
+          w.rows.push_back(r);
+          continue;
+        }
+        out.loss[r] = 0;
+        if (out.wants_grad()) std::memset(out.grad_row(r), 0, out.classes * out.grad.element_size);
+      }
+      if (!w.rows.empty()) work(w, shared);
     }
-    out.loss[r] = 0;
-    if (out.wants_grad()) std::memset(out.grad_row(r), 0, out.classes * out.grad.element_size);
   };
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t portions = num_blocks(out.classes) / grain(kSoftmaxCost * kBlock);
-  if (out.count < threads && out.count < portions) {  // a row alone keeps more threads busy than all rows side by side
-    auto workspace = make_workspace();
-    for (int64_t r = 0; r < out.count; ++r) run(r, workspace, true);
-    return;
-  }
-  torch::stable::parallel_for(0, out.count, grain(kSoftmaxCost * out.classes), [&](int64_t begin, int64_t end) {
-    auto workspace = make_workspace();
-    for (int64_t r = begin; r < end; ++r) run(r, workspace, false);
-  });
+  if (out.count < threads && out.count < portions)  // a row alone keeps more threads busy than all rows side by side
+    run(0, out.count, true);
+  else
+    torch::stable::parallel_for(0, out.count, grain(kSoftmaxCost * out.classes),
+                                [&](int64_t begin, int64_t end) { run(begin, end, false); });
 }
 
 // The gradient for `needs_grad`: empty, or of the student's shape. Of the student's dtype where no other is given.

@@ -79,21 +79,24 @@ struct ListedWorkspace : Workspace {
 
 class RowLoss {
  public:
-  RowLoss(const Options& options, const Rows& student, const StoredTeacher& teacher, const Output& out)
+  RowLoss(const Options& options, const Rows& student, const StoredTeacher& teacher, Output& out)
       : o_(options), student_(student), teacher_(teacher), out_(out), kernels_(KDFAST_SELECT_LEVEL(kl_kernels)) {}
 
   ListedWorkspace make_workspace() const {
-    return ListedWorkspace(out_.classes, out_.storage, out_.wants_grad() && o_.tail != Tail::renormalize ? 1 : 0);
+    const int kept = out_.wants_grad() && o_.tail != Tail::renormalize ? 1 : 0;
+    return ListedWorkspace(out_, 1 / o_.temperature, kept, /*together=*/false);
   }
 
-  double operator()(int64_t r, ListedWorkspace& w, bool shared) const {
+  // Loss of the row in w.rows, times weight and scale; writes its gradient.
+  void operator()(ListedWorkspace& w, bool shared) const {
+    const int64_t r = w.rows.front();
     const Listed& listed = w.listed;
     read(r, w.listed);
     const double weight = out_.row_weight(r), square = o_.temperature * o_.temperature;
     // d/dz = T^2 / T, times what the reduction divides by
     const double g = o_.temperature * weight / out_.divisor();
-    return square * weight *
-           (o_.tail == Tail::renormalize ? among_listed(r, listed, g) : against_row(r, listed, g, w, shared));
+    const double loss = o_.tail == Tail::renormalize ? among_listed(r, listed, g) : against_row(r, listed, g, w, shared);
+    out_.loss[r] = square * weight * loss;
   }
 
  private:
@@ -138,18 +141,19 @@ class RowLoss {
   }
 
   double against_row(int64_t r, const Listed& listed, double g, Workspace& w, bool shared) const {
-    const Row row{student_.row(r), nullptr, out_.classes, 1 / o_.temperature, 1 / o_.temperature, listed.classes.data(),
-                  static_cast<int64_t>(listed.classes.size())};
-    each_block(row.classes, shared, [&](int64_t first, int64_t last) {
-      kernels_.stats[static_cast<int>(Form::student)][static_cast<int>(out_.storage)](row, first, last, w.stats.data(),
-                                                                                      w.scratch());
+    const int64_t num_holes = listed.classes.size();
+    w.place(student_, nullptr, out_);
+    for (Block& block : w.blocks) block.holes = listed.classes.data(), block.num_holes = num_holes;
+    const int storage = static_cast<int>(out_.storage);
+    each_block(w, shared, [&](int64_t first, int64_t last) {
+      kernels_.stats[static_cast<int>(Form::student)][storage](w.blocks.data(), first, last, w.stats.data());
     });
-    const RowStats rest = merge(w.stats, Form::student, row.inverse_student, row.inverse_teacher);
+    const RowStats rest = w.merged(0, Form::student);
     const double log_rest = rest.sum_student == 0 ? -INFINITY : rest.max_student / o_.temperature + std::log(rest.sum_student);
     const double log_sum = log_sum_exp(listed.student, log_rest);
     double mass = 0, rest_teacher = 0, divergence = 0;
     for (double v : listed.teacher) mass += std::exp(v);
-    if (o_.tail == Tail::bucket && row.num_holes < row.classes) {
+    if (o_.tail == Tail::bucket && num_holes < out_.classes) {
       const double log_mass = std::min(log_sum_exp(listed.teacher), 0.0), log_rest_teacher = log1m_exp(log_mass);
       // What rounding leaves of 1 - mass is no mass: it would be infinitely far from a student that has none.
       if (log_rest != -INFINITY || log_mass <= -teacher_.rounding()) {
@@ -161,11 +165,10 @@ class RowLoss {
     if (out_.wants_grad()) {
       // An unlisted class: mass * p_s - rest_teacher * (its share of the rest), both multiples of the same e.
       const double share = mass * std::exp(log_rest - log_sum) - rest_teacher;
-      for (size_t i = 0; i < w.stats.size(); ++i)
-        w.coefficients[i] = {rest.sum_student == 0 ? 0 : g * share * rest.student_factor(w.stats[i]) / rest.sum_student, 0, 0, 0};
-      each_block(row.classes, shared, [&](int64_t first, int64_t last) {
-        kernels_.grad[static_cast<int>(Shape::one)][static_cast<int>(out_.storage)](
-            out_.grad_row(r), row.student, row.classes, first, last, w.coefficients.data(), w.scratch(), out_.streamed);
+      for (int64_t b = 0; b < w.num_laid_out(); ++b)
+        w.coefficients[b] = {rest.sum_student == 0 ? 0 : g * share * rest.student_factor(w.stats[b]) / rest.sum_student, 0, 0, 0};
+      each_block(w, shared, [&](int64_t first, int64_t last) {
+        kernels_.grad[static_cast<int>(Shape::one)][storage](w.blocks.data(), first, last, w.coefficients.data(), out_.streamed);
       });
     }
     return divergence + listed_terms(r, listed, log_sum, mass, g);
@@ -174,7 +177,7 @@ class RowLoss {
   const Options& o_;
   const Rows& student_;
   const StoredTeacher& teacher_;
-  const Output& out_;
+  Output& out_;
   const KlKernels& kernels_;
 };
 

@@ -62,6 +62,40 @@ def test_every_function_keeps_the_rule_at_every_instruction_set(name, level):
             assert_parity(name, inputs, options, DTYPES[seed // 6], layout=layout, seed=seed)
 
 
+@pytest.mark.parametrize("level", backends.cpu_levels())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*kl.KINDS, "hard"])
+def test_rows_of_one_thread_have_the_bits_of_each_alone(kind, dtype, level):
+    """Up to eight short rows are one piece of work, with gaps where rows are masked; nothing is left of rows before."""
+    options = kl.Options(
+        temperature=2.0,
+        kind=kl.KINDS.get(kind, kl.KINDS["forward"]),
+        scale=4.0,
+        beta=0.3,
+        ce_weight=0.5 if kind == "hard" else 0.0,
+        label_smoothing=0.1,
+        reduction=kl.REDUCTIONS["none"],
+    )
+    with backends.use_cpu_level(level):
+        for seed, width in enumerate((2, 15, 16, 100, 700, 1300, 2047, 4100)):
+            inputs = pair(21, width + 3, seed=seed)
+            student, teacher = (logits.to(dtype)[:, :width] for logits in inputs.values())
+            generator = torch.Generator().manual_seed(seed)
+            mask = torch.rand(21, generator=generator) > 0.2
+            labels = torch.randint(width, (21,), generator=generator) if kind in ("dkd", "hard") else None
+            weight = torch.rand(21, generator=generator, dtype=torch.float64)
+
+            def run(rows, student=student, teacher=teacher, labels=labels, weight=weight, mask=mask):
+                arguments = (None if x is None else x[rows] for x in (teacher, labels, mask, weight))
+                return torch.ops.kdfast.kl.default(student[rows], *arguments, *options, True)
+
+            together = run(slice(None))
+            alone = [run(slice(row, row + 1)) for row in range(21)]
+            for result, rows in zip(together, zip(*alone, strict=True), strict=True):
+                assert torch.equal(result, torch.cat(rows))
+                assert result.isfinite().all() and not result[~mask].any() and result[mask].any()
+
+
 @pytest.mark.parametrize("width", [32000, 151936, 201088, 262144])
 def test_long_vocabularies(width):
     assert_parity("kl_divergence", pair(2, width), {"temperature": 1.5}, torch.float32)
