@@ -132,7 +132,7 @@ def can_run(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
         return True, ""
     if backend not in KERNELS.get(op, ()) and backend not in BY_NAME.get(op, ()):
         return False, f"{op} has no {backend} kernel"
-    missing = {CPU: _missing_extension, TRITON: _missing_triton, CUDA: _missing_cuda}[backend]
+    missing = _missing_extension if backend == CPU else _missing_triton if backend == TRITON else _missing_cuda
     wanted = "cpu" if backend == CPU else "cuda"
     if missing is not None:
         return False, missing

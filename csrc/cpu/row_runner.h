@@ -63,10 +63,11 @@ class Workspace {
     const int64_t size = compute_size(out.storage), row_bytes = whole_lines(out.classes * size);
     // Two inputs, a gradient and scratch: together they stay in the L1 cache.
     const int64_t most = kTogetherBytes / std::max<int64_t>(1, (3 + kept) * row_bytes);
-    capacity_ = together ? std::clamp<int64_t>(most, 1, kMostRows) : 1;
+    capacity_ = together ? std::clamp<int64_t>(std::min(most, out.count), 1, kMostRows) : 1;
     // A streamed gradient reads scratch from where its own rows are aligned: up to a vector beyond the end.
     memory_ = uninitialized<char>(capacity_ * kept * row_bytes + static_cast<int64_t>(kLine));
-    rows.reserve(capacity_);
+    const int64_t count = capacity_ * blocks_per_row;
+    rows.reserve(capacity_), blocks.reserve(count), stats.resize(count), coefficients.resize(count);
     for (int64_t row = 0; row < capacity_; ++row) {
       for (int64_t i = 0; i < blocks_per_row; ++i) {
         const int64_t begin = i * kBlock;
@@ -77,7 +78,6 @@ class Workspace {
                           inverse_temperature, nullptr, 0, scratch(0), scratch(1), scratch(2)});
       }
     }
-    stats.resize(blocks.size()), coefficients.resize(blocks.size());
   }
 
   bool is_full() const { return static_cast<int64_t>(rows.size()) == capacity_; }

@@ -19,6 +19,9 @@ from kdfast.ops.scale import scale_
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 
+# What a function runs: an op, its options, and the tensors beside the student.
+Call = tuple[Callable[..., Any], Any, tuple[Tensor | None, ...]]
+
 
 def apply(
     function: type[torch.autograd.Function],
@@ -30,9 +33,10 @@ def apply(
     """``function.apply``, to which a student looks like a constant where no gradient is recorded (``torch.no_grad``).
 
     Inside ``apply`` nothing is ever recorded, and ``ctx.needs_input_grad`` tells what requires a gradient elsewhere.
-    The other tensors never get a gradient: as one tuple they cost autograd no time, which counts on short rows.
+    Nothing else gets a gradient: as one tuple it costs autograd no time, which counts on short rows.
     """
-    loss: Tensor = function.apply(student if torch.is_grad_enabled() else student.detach(), op, options, tensors)
+    call: Call = (op, options, tensors)
+    loss: Tensor = function.apply(student if torch.is_grad_enabled() else student.detach(), call)
     return loss
 
 
@@ -61,13 +65,12 @@ class RowLoss(torch.autograd.Function):
     """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, tensors: tuple[Tensor | None, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
+        op, options, tensors = call
         needs_grad = ctx.needs_input_grad[0]
-        recompute = options.reduction == REDUCTIONS["none"] or student.dtype == torch.float16
+        recompute = options.reduction == REDUCTIONS["none"] or student.dtype is torch.float16
         loss, grad = op(student, *tensors, *options, needs_grad and not recompute)
-        ctx.op, ctx.options, ctx.recompute = op, options, recompute
+        ctx.recompute = (op, options) if recompute else None
         if needs_grad:
             if recompute:
                 save(ctx, student, *tensors)
@@ -76,15 +79,15 @@ class RowLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.recompute:
-            student, *tensors, row_weight = saved(ctx)
-            weight = grad_output.detach().double().expand(student.shape[:-1])
-            weight = (weight if row_weight is None else weight * row_weight).contiguous()
-            grad = ctx.op(student.detach(), *tensors, weight, *ctx.options, True)[1]
-        else:
-            grad = _scaled(ctx.saved_tensors[0], grad_output)
-        return differentiable_once(grad), None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        if ctx.recompute is None:
+            return differentiable_once(_scaled(ctx.saved_tensors[0], grad_output)), None
+        op, options = ctx.recompute
+        student, *tensors, row_weight = saved(ctx)
+        weight = grad_output.detach().double().expand(student.shape[:-1])
+        weight = (weight if row_weight is None else weight * row_weight).contiguous()
+        grad = op(student.detach(), *tensors, weight, *options, True)[1]
+        return differentiable_once(grad), None
 
 
 def scalar_loss_like(student: Tensor) -> Tensor:
@@ -99,9 +102,8 @@ class ScalarLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, op: Callable[..., Any], options: Any, tensors: tuple[Tensor | None, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
+        op, options, tensors = call
         needs_grad = ctx.needs_input_grad[0]
         loss, grad = op(student, *tensors, *options, needs_grad)
         ctx.dtype = student.dtype
@@ -110,9 +112,9 @@ class ScalarLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         grad = _scaled(ctx.saved_tensors[0], grad_output).to(ctx.dtype)
-        return differentiable_once(grad), None, None, None
+        return differentiable_once(grad), None
 
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 
     What is given away belongs to the caller, who may write it: a retained graph gives a copy, also for grad_output 1.
     """
-    factor = grad_output.detach()
+    factor = grad_output.detach() if grad_output.requires_grad else grad_output
     if torch.compiler.is_compiling():
         return (grad * factor).to(grad.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():

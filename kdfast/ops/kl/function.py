@@ -5,14 +5,13 @@ How backward works: kdfast/ops/autograd.py; here is only its in-place form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast import backends
-from kdfast.ops.autograd import REDUCTIONS, RowLoss, apply, differentiable_once, loss_like
+from kdfast.ops.autograd import REDUCTIONS, Call, RowLoss, apply, differentiable_once, loss_like
 from kdfast.ops.library import LIBRARY, define
 from kdfast.ops.scale import scale_
 
@@ -77,9 +76,8 @@ def _kl_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
 
 class _KLInplace(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, op: Callable[..., Any], options: Options, tensors: tuple[Tensor | None, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
+        op, options, tensors = call
         if not ctx.needs_input_grad[0]:
             return torch.ops.kdfast.kl.default(student, *tensors, *options, False)[0]
         loss = op(student.detach(), *tensors, *options)
@@ -90,7 +88,7 @@ class _KLInplace(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         if ctx.spent:
             raise RuntimeError(
                 "inplace_backward=True keeps one gradient, in the storage of student_logits, and it has been used: "
@@ -100,7 +98,7 @@ class _KLInplace(torch.autograd.Function):
         grad = ctx.saved_tensors[0].detach()
         factor = grad_output.detach()
         grad = grad.mul_(factor.unsqueeze(-1)) if factor.dim() > 0 else scale_(grad, factor)
-        return differentiable_once(grad), None, None, None
+        return differentiable_once(grad), None
 
 
 def kl(
