@@ -61,13 +61,26 @@ double log_sum_exp(const std::vector<double>& x, double also = -INFINITY) {
   return top + std::log(sum);
 }
 
+// The same, and exp(x) over that sum into p, which are all 0 where the sum is.
+double softmax(const std::vector<double>& x, std::vector<double>& p, double also = -INFINITY) {
+  double top = also;
+  for (double v : x) top = std::max(top, v);
+  p.assign(x.size(), 0);
+  if (top == -INFINITY) return -INFINITY;
+  double sum = std::exp(also - top);
+  for (size_t i = 0; i < x.size(); ++i) sum += p[i] = std::exp(x[i] - top);
+  for (double& v : p) v /= sum;
+  return top + std::log(sum);
+}
+
 // log(1 - exp(x)) for x <= 0, by the formula that does not cancel on its side of log(1/2).
 double log1m_exp(double x) { return x > -M_LN2 ? std::log(-std::expm1(x)) : std::log1p(-std::exp(x)); }
 
 // One row's listed classes.
 struct Listed {
   std::vector<int64_t> classes;
-  std::vector<double> teacher, student;  // log p_t, and logits / T that become log p_s
+  std::vector<double> teacher, student;  // log p_t, and logits / T
+  std::vector<double> p_teacher, p_student;
 
   void clear() { classes.clear(), teacher.clear(), student.clear(); }
 };
@@ -90,8 +103,8 @@ class RowLoss {
   // Loss of the row in w.rows, times weight and scale; writes its gradient.
   void operator()(ListedWorkspace& w, bool shared) const {
     const int64_t r = w.rows.front();
-    const Listed& listed = w.listed;
-    read(r, w.listed);
+    Listed& listed = w.listed;
+    read(r, listed);
     const double weight = out_.row_weight(r), square = o_.temperature * o_.temperature;
     // d/dz = T^2 / T, times what the reduction divides by
     const double g = o_.temperature * weight / out_.divisor();
@@ -115,8 +128,11 @@ class RowLoss {
     for (int64_t index : listed.classes)
       listed.student.push_back(load_scalar(student_.row(r), index, out_.storage) / o_.temperature);
     if (soften) {
-      const double total = log_sum_exp(listed.teacher);
+      const double total = softmax(listed.teacher, listed.p_teacher);
       for (double& v : listed.teacher) v -= total;
+    } else {
+      listed.p_teacher.resize(listed.teacher.size());
+      for (size_t i = 0; i < listed.teacher.size(); ++i) listed.p_teacher[i] = std::exp(listed.teacher[i]);
     }
   }
 
@@ -124,23 +140,23 @@ class RowLoss {
   double listed_terms(int64_t r, const Listed& listed, double log_sum, double mass, double g) const {
     double divergence = 0;
     for (size_t i = 0; i < listed.classes.size(); ++i) {
-      const double p = std::exp(listed.teacher[i]), log_q = listed.student[i] - log_sum;
-      divergence += kl_term(p, listed.teacher[i], log_q);
+      const double p = listed.p_teacher[i];
+      divergence += kl_term(p, listed.teacher[i], listed.student[i] - log_sum);
       if (out_.wants_grad())
-        store_scalar(out_.grad_row(r), listed.classes[i], out_.storage, g * (mass * std::exp(log_q) - p));
+        store_scalar(out_.grad_row(r), listed.classes[i], out_.storage, g * (mass * listed.p_student[i] - p));
     }
     return divergence;
   }
 
-  double among_listed(int64_t r, const Listed& listed, double g) const {
+  double among_listed(int64_t r, Listed& listed, double g) const {
     if (out_.wants_grad()) std::memset(out_.grad_row(r), 0, out_.classes * out_.grad.element_size);
     if (listed.classes.empty()) return 0;
-    const double log_sum = log_sum_exp(listed.student);
+    const double log_sum = softmax(listed.student, listed.p_student);
     // A student without mass among them is infinitely far, and has no slope.
     return log_sum == -INFINITY ? listed_terms(r, listed, 0, 1, 0) : listed_terms(r, listed, log_sum, 1, g);
   }
 
-  double against_row(int64_t r, const Listed& listed, double g, Workspace& w, bool shared) const {
+  double against_row(int64_t r, Listed& listed, double g, Workspace& w, bool shared) const {
     const int64_t num_holes = listed.classes.size();
     w.place(student_, nullptr, out_);
     for (Block& block : w.blocks) block.holes = listed.classes.data(), block.num_holes = num_holes;
@@ -150,9 +166,9 @@ class RowLoss {
     });
     const RowStats rest = w.merged(0, Form::student);
     const double log_rest = rest.sum_student == 0 ? -INFINITY : rest.max_student / o_.temperature + std::log(rest.sum_student);
-    const double log_sum = log_sum_exp(listed.student, log_rest);
+    const double log_sum = softmax(listed.student, listed.p_student, log_rest);
     double mass = 0, rest_teacher = 0, divergence = 0;
-    for (double v : listed.teacher) mass += std::exp(v);
+    for (double p : listed.p_teacher) mass += p;
     if (o_.tail == Tail::bucket && num_holes < out_.classes) {
       const double log_mass = std::min(log_sum_exp(listed.teacher), 0.0), log_rest_teacher = log1m_exp(log_mass);
       // What rounding leaves of 1 - mass is no mass: it would be infinitely far from a student that has none.
