@@ -11,19 +11,58 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-// Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
-template <class S> KDFAST_INLINE ComputeOf<S> largest(const S* p, int64_t n) {
+// Logits of a block.
+template <class S> struct Logits {
   using C = ComputeOf<S>;
+  const S* p;
+
+  template <class Extent> KDFAST_INLINE Vec<C> at(Extent extent, int64_t i, int64_t n, C fill) const {
+    return read(extent, p, i, n, fill);
+  }
+};
+
+// Logits of a block whose holes are at -inf: the few vectors with a hole are read from a copy.
+template <class S> class Punched {
+ public:
+  using C = ComputeOf<S>;
+
+  Punched(const S* p, const Block& block) : sources_{p, copy_}, copied_{} {
+    S absent[kWidth];
+    store(absent, broadcast<C>(-kInfinity));
+    for (int64_t h = 0; h < block.num_holes; ++h) {
+      const int64_t hole = block.holes[h] - block.begin, vector = hole / kWidth, i = vector * kWidth;
+      const int64_t left = block.length - i;
+      if (!copied_[vector]) std::memcpy(copy_ + i, p + i, (left < kWidth ? left : kWidth) * sizeof(S));
+      copied_[vector] = 1;
+      copy_[hole] = absent[0];
+    }
+  }
+
+  template <class Extent> KDFAST_INLINE Vec<C> at(Extent extent, int64_t i, int64_t n, C fill) const {
+    return read(extent, sources_[copied_[i / kWidth]], i, n, fill);  // a branch would be mispredicted
+  }
+
+ private:
+  static constexpr int64_t kWidth = Simd<C>::width;
+
+  const S* sources_[2];
+  uint8_t copied_[kBlock / kWidth];
+  S copy_[kBlock];
+};
+
+// Largest of n values; 0 where all are -inf, so that differences with it are defined. A NaN is left to exp.
+template <class Side> KDFAST_INLINE auto largest(const Side& side, int64_t n) {
+  using C = typename Side::C;
   constexpr int64_t W = Simd<C>::width, kChains = 2;  // a single one would wait for itself
   Vec<C> best[kChains];
   for (Vec<C>& chain : best) chain = broadcast<C>(-kInfinity);
+  const auto take = [&](int64_t chain, int64_t i, auto extent) __attribute__((always_inline)) {
+    best[chain] = max(side.at(extent, i, n, C(-kInfinity)), best[chain]);
+  };
   int64_t i = 0;
-  for (; i + kChains * W <= n; i += kChains * W)
-#pragma GCC unroll 2
-    for (int64_t c = 0; c < kChains; ++c) best[c] = max(load(p + i + c * W), best[c]);
-  each_vector<C>(n - i, [&](int64_t j, auto extent) {
-    best[0] = max(read(extent, p + i, j, n - i, C(-kInfinity)), best[0]);
-  });
+  for (; i + kChains * W <= n; i += kChains * W) take(0, i, Whole{}), take(1, i + W, Whole{});
+  if (i + W <= n) take(0, i, Whole{}), i += W;
+  if (i < n) take(1, i, Part{});
   const C result = max_lanes<C>(max(best[0], best[1]));
   return result == -kInfinity ? C(0) : result;
 }
@@ -37,10 +76,9 @@ template <class C> KDFAST_INLINE Vec<C> hard_exponential(Vec<C> soft, Vec<C> x, 
 }
 
 // Sums relative to the maxima. `next_s`, `next_t`: where the next block will be read from.
-template <Form form, class S, class N>
-KDFAST_INLINE BlockStats sums(const S* s, const S* t, const N* next_s, const N* next_t, const Block& block,
-                              ComputeOf<S> max_s, ComputeOf<S> max_t) {
-  using C = ComputeOf<S>;
+template <Form form, class Side, class S, class C = typename Side::C>
+KDFAST_INLINE BlockStats sums(const Side& s, const Side& t, const S* next_s, const S* next_t, const Block& block,
+                              C max_s, C max_t) {
   const int64_t n = block.length;
   C* const keep_a = static_cast<C*>(block.a);
   C* const keep_b = static_cast<C*>(block.b);
@@ -53,12 +91,12 @@ KDFAST_INLINE BlockStats sums(const S* s, const S* t, const N* next_s, const N* 
     // The next block comes from memory while this one is computed.
     __builtin_prefetch(next_s + i, 0, 2);
     if constexpr (form != Form::student) __builtin_prefetch(next_t + i, 0, 2);
-    const Vec<C> shifted = read(extent, s, i, n, C(-kInfinity)) - max_s;
+    const Vec<C> shifted = s.at(extent, i, n, C(-kInfinity)) - max_s;
     const Vec<C> y_s = shifted * factor_s, e_s = exp2_nonpositive<C>(y_s);
     Vec<C> kept_b{};
     sum_s += e_s;
     if constexpr (form != Form::student) {
-      const Vec<C> shifted_t = read(extent, t, i, n, C(-kInfinity)) - max_t;
+      const Vec<C> shifted_t = t.at(extent, i, n, C(-kInfinity)) - max_t;
       const Vec<C> y_t = shifted_t * factor_t, e_t = exp2_nonpositive<C>(y_t);
       // Not by y: where T is a power of 2 the products are exact.
       const Vec<C> difference = shifted * inverse_s - shifted_t * inverse_t;
@@ -81,7 +119,7 @@ KDFAST_INLINE BlockStats sums(const S* s, const S* t, const N* next_s, const N* 
     if constexpr (form == Form::forward_hard) {
       const Vec<C> e_hard = hard_exponential<C>(e_s, shifted, inverse_s);
       hard += e_hard;
-      logits += read(extent, s, i, n, C(0));
+      logits += s.at(extent, i, n, C(0));
       if (keep_c) store(keep_c + i, e_hard);
     }
     if (keep_a) {
@@ -103,54 +141,32 @@ KDFAST_INLINE BlockStats sums(const S* s, const S* t, const N* next_s, const N* 
           has_x ? kLn2 * sum_lanes<C>(teacher_x) : 0};
 }
 
-// Widened copy of a block's side with the holes that fall into it at -inf; false where none does.
-template <class S> bool punch(const S* p, const Block& block, ComputeOf<S>* copy) {
-  using C = ComputeOf<S>;
-  const int64_t n = block.length;
-  bool any = false;
-  for (int64_t h = 0; h < block.num_holes; ++h) {
-    const int64_t hole = block.holes[h] - block.begin;
-    if (hole < 0 || hole >= n) continue;
-    if (!any) each_vector<C>(n, [&](int64_t i, auto extent) { write(extent, copy, i, n, read(extent, p, i, n, C(0))); });
-    any = true;
-    copy[hole] = C(-kInfinity);
-  }
-  return any;
-}
-
-// Statistics of a block that a hole falls into; false where none does.
-template <Form form, class S>
-bool punched_stats(const Block& block, const S* next_s, const S* next_t, BlockStats& result) {
-  using C = ComputeOf<S>;
-  C s[kBlock], t[kBlock];
-  if (!punch(static_cast<const S*>(block.student), block, s)) return false;
-  const bool has_teacher = form != Form::student && punch(static_cast<const S*>(block.teacher), block, t);
-  result = sums<form, C>(s, t, next_s, next_t, block, largest(s, block.length), has_teacher ? largest(t, block.length) : 0);
-  return true;
+template <Form form, class S> BlockStats punched_stats(const Block& block, const S* next_s, const S* next_t) {
+  constexpr bool has_teacher = form != Form::student;
+  const Punched<S> s(static_cast<const S*>(block.student), block);
+  if constexpr (!has_teacher) return sums<form>(s, s, next_s, next_t, block, largest(s, block.length), ComputeOf<S>(0));
+  const Punched<S> t(static_cast<const S*>(block.teacher), block);
+  return sums<form>(s, t, next_s, next_t, block, largest(s, block.length), largest(t, block.length));
 }
 
 template <Form form, class S> void stats(const Block* blocks, int64_t first, int64_t last, BlockStats* results) {
-  const auto student = [&](int64_t i) { return static_cast<const S*>(blocks[i].student); };
-  const auto teacher = [&](int64_t i) { return static_cast<const S*>(blocks[i].teacher); };
-  ComputeOf<S> max_s[kMostRows], max_t[kMostRows];
-  const auto find_maxima = [&](int64_t i, int64_t slot) {
-    max_s[slot] = largest(student(i), blocks[i].length);
-    max_t[slot] = form == Form::student ? 0 : largest(teacher(i), blocks[i].length);
-  };
+  const auto student = [&](int64_t i) { return Logits<S>{static_cast<const S*>(blocks[i].student)}; };
+  const auto teacher = [&](int64_t i) { return Logits<S>{static_cast<const S*>(blocks[i].teacher)}; };
   for (int64_t begin = first; begin < last;) {
     const int64_t length = blocks[begin].length, left = last - begin;
     const int64_t together = length == kBlock ? 1 : left < kMostRows ? left : kMostRows, ahead = together * length;
     // The maxima of short rows are found for several of them first: no exponential then waits for one.
-    for (int64_t slot = 0; slot < together; ++slot)
-      if (blocks[begin + slot].num_holes == 0) find_maxima(begin + slot, slot);
-    for (int64_t slot = 0; slot < together; ++slot) {
-      const int64_t i = begin + slot;
-      const S *next_s = student(i) + ahead, *next_t = teacher(i) + ahead;
-      if (blocks[i].num_holes != 0) {
-        if (punched_stats<form>(blocks[i], next_s, next_t, results[i])) continue;
-        find_maxima(i, slot);
-      }
-      results[i] = sums<form>(student(i), teacher(i), next_s, next_t, blocks[i], max_s[slot], max_t[slot]);
+    ComputeOf<S> max_s[kMostRows], max_t[kMostRows];
+    for (int64_t slot = 0, i = begin; slot < together; ++slot, ++i) {
+      if (blocks[i].num_holes != 0) continue;
+      max_s[slot] = largest(student(i), length);
+      max_t[slot] = form == Form::student ? 0 : largest(teacher(i), length);
+    }
+    for (int64_t slot = 0, i = begin; slot < together; ++slot, ++i) {
+      const S *next_s = student(i).p + ahead, *next_t = teacher(i).p + ahead;
+      results[i] = blocks[i].num_holes != 0
+                       ? punched_stats<form>(blocks[i], next_s, next_t)
+                       : sums<form>(student(i), teacher(i), next_s, next_t, blocks[i], max_s[slot], max_t[slot]);
     }
     begin += together;
   }

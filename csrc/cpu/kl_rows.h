@@ -45,7 +45,7 @@ struct Block {
   void* grad;                               // or null
   int64_t begin, length;                    // classes of the row
   double inverse_student, inverse_teacher;  // 1 / T, or 1 / (T std) where logits are standardized
-  const int64_t* holes;                     // classes of the row to leave out, as if their logits were -inf
+  const int64_t* holes;                     // those of its classes to leave out, as if their logits were -inf
   int64_t num_holes;
   // Scratch, null where not kept: `length` numbers each, in float (float64 storage: double), of which whole vectors are
   // read and written.

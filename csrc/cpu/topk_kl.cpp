@@ -81,6 +81,7 @@ struct Listed {
   std::vector<int64_t> classes;
   std::vector<double> teacher, student;  // log p_t, and logits / T
   std::vector<double> p_teacher, p_student;
+  std::vector<int64_t> by_block;
 
   void clear() { classes.clear(), teacher.clear(), student.clear(); }
 };
@@ -136,6 +137,18 @@ class RowLoss {
     }
   }
 
+  // Tells each block which of its classes are listed.
+  void punch(Workspace& w, Listed& listed) const {
+    for (int64_t c : listed.classes) ++w.blocks[c / kBlock].num_holes;
+    listed.by_block.resize(listed.classes.size());
+    int64_t* end = listed.by_block.data();
+    for (Block& block : w.blocks) block.holes = end, end += block.num_holes, block.num_holes = 0;
+    for (int64_t c : listed.classes) {
+      Block& block = w.blocks[c / kBlock];
+      listed.by_block[block.holes - listed.by_block.data() + block.num_holes++] = c;
+    }
+  }
+
   // Divergence of the listed classes, and their gradient `mass * p_s - p_t`.
   double listed_terms(int64_t r, const Listed& listed, double log_sum, double mass, double g) const {
     double divergence = 0;
@@ -157,9 +170,8 @@ class RowLoss {
   }
 
   double against_row(int64_t r, Listed& listed, double g, Workspace& w, bool shared) const {
-    const int64_t num_holes = listed.classes.size();
     w.place(student_, nullptr, out_);
-    for (Block& block : w.blocks) block.holes = listed.classes.data(), block.num_holes = num_holes;
+    punch(w, listed);
     const int storage = static_cast<int>(out_.storage);
     each_block(w, shared, [&](int64_t first, int64_t last) {
       kernels_.stats[static_cast<int>(Form::student)][storage](w.blocks.data(), first, last, w.stats.data());
@@ -169,7 +181,7 @@ class RowLoss {
     const double log_sum = softmax(listed.student, listed.p_student, log_rest);
     double mass = 0, rest_teacher = 0, divergence = 0;
     for (double p : listed.p_teacher) mass += p;
-    if (o_.tail == Tail::bucket && num_holes < out_.classes) {
+    if (o_.tail == Tail::bucket && static_cast<int64_t>(listed.classes.size()) < out_.classes) {
       const double log_mass = std::min(log_sum_exp(listed.teacher), 0.0), log_rest_teacher = log1m_exp(log_mass);
       // What rounding leaves of 1 - mass is no mass: it would be infinitely far from a student that has none.
       if (log_rest != -INFINITY || log_mass <= -teacher_.rounding()) {
