@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 CPU_OPS = kl features relation rkd rkd_sequence graph stream pool
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-long asan gpu resources style clean
+.PHONY: demo test test-long sanitize gpu resources style clean
 
 demo: $(VENV)/built  ## distil a student on real data, three to four minutes with the set-up
 	$(BIN)/python examples/distill_digits.py
@@ -23,11 +23,11 @@ test-long: $(VENV)/built  ## the same tests with many more random inputs, and th
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m 'not gpu'
 
 # What runs a compiler or measures the memory of a process is left out.
-asan: $(VENV)/built  ## the CPU kernels' tests under AddressSanitizer, in five minutes: no access beyond any tensor
-	rm -rf build/asan && mkdir -p build/asan && cp -r kdfast build/asan
-	CFLAGS=-fsanitize=address LDFLAGS=-fsanitize=address KDFAST_CUDA=0 \
-	  $(BIN)/python setup.py --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
-	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+sanitize: $(VENV)/built  ## the CPU kernels' tests under AddressSanitizer and UBSan, in six minutes: no access beyond any tensor
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r kdfast build/sanitize
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS=-fsanitize=address,undefined KDFAST_CUDA=0 \
+	  $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml \
 	  $(addprefix $(CURDIR)/tests/,test_parity.py $(addprefix ops/test_,$(CPU_OPS:=.py))) \
 	  --capture=sys -k 'not compile and not memory and not 2_31'

@@ -163,7 +163,8 @@ template <Form form, class S> void stats(const Block* blocks, int64_t first, int
       max_t[slot] = form == Form::student ? 0 : largest(teacher(i), length);
     }
     for (int64_t slot = 0, i = begin; slot < together; ++slot, ++i) {
-      const S *next_s = student(i).p + ahead, *next_t = teacher(i).p + ahead;
+      const S* next_s = student(i).p + ahead;
+      const S* next_t = form == Form::student ? nullptr : teacher(i).p + ahead;
       results[i] = blocks[i].num_holes != 0
                        ? punched_stats<form>(blocks[i], next_s, next_t)
                        : sums<form>(student(i), teacher(i), next_s, next_t, blocks[i], max_s[slot], max_t[slot]);

@@ -43,12 +43,12 @@ template <> struct Simd<float> {
   // 2^r - 1 over r, smallest largest relative error of 2^r (Remez): 1.6e-9 for |r| <= 1/32, 2.6e-9 for |r| <= 1/2.
 #if defined(__AVX512F__)
   // Bits of 2^(j / 16), less the j * 2^19 that are added with k * 2^19 for k = j mod 16.
-  static constexpr int32_t exp2_steps[] = {
+  static constexpr uint32_t exp2_steps[] = {
       0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
       0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
   static constexpr float exp2_terms[] = {0.693147182667f, 0.240234288014f, 0.0555021365025f};
 #else
-  static constexpr int32_t exp2_steps[] = {0x3f800000};
+  static constexpr uint32_t exp2_steps[] = {0x3f800000};
   static constexpr float exp2_terms[] = {0.693147214968f,  0.240226527829f,   0.0555031055101f,
                                          0.00961769297299f, 0.00134066439024f, 0.000155946781663f};
 #endif
@@ -63,16 +63,17 @@ template <> struct Simd<double> {
   static constexpr int width = kVectorBytes / 8;
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t UInt __attribute__((vector_size(kVectorBytes)));
   static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
 #if defined(__AVX512F__)
-  static constexpr int64_t exp2_steps[] = {  // of 2^(j / 8), less j * 2^49
+  static constexpr uint64_t exp2_steps[] = {  // of 2^(j / 8), less j * 2^49
       0x3ff0000000000000, 0x3fef72b83c7d517b, 0x3fef06fe0a31b715, 0x3feebfdad5362a27,
       0x3feea09e667f3bcd, 0x3feeace5422aa0db, 0x3feee89f995ad3ad, 0x3fef5818dcfba487};
   static constexpr double exp2_terms[] = {  // 2.8e-18
       0.69314718055994531811,   0.24022650695911516039,   0.055504108664802357744,   0.0096181290851788485839,
       0.0013333558238922776175, 0.00015404521943885496727, 0.000015251844767898281727};
 #else
-  static constexpr int64_t exp2_steps[] = {0x3ff0000000000000};
+  static constexpr uint64_t exp2_steps[] = {0x3ff0000000000000};
   static constexpr double exp2_terms[] = {  // 1.8e-17
       0.69314718055994569675,    0.24022650695910098007,    0.055504108664790394552,   0.0096181291076070023796,
       0.0013333558153439964747,  0.0001540353044157213033,  0.000015252727385193868197, 1.3215442675329822143e-6,
@@ -218,24 +219,24 @@ template <class V> KDFAST_INLINE V max(V a, V b) { return a > b ? a : b; }
 // exp2_steps[i mod their number]: one step, or as many as fill a register (in the form for which GCC 12 does not warn of
 // its own header).
 #if defined(__AVX512F__)
-KDFAST_INLINE Simd<float>::Int step_bits(Simd<float>::Int i) {
+KDFAST_INLINE Simd<float>::UInt step_bits(Simd<float>::UInt i) {
   const __m512i steps = _mm512_loadu_si512(Simd<float>::exp2_steps);
-  return bit_cast<Simd<float>::Int>(_mm512_maskz_permutexvar_epi32(0xffff, bit_cast<__m512i>(i), steps));
+  return bit_cast<Simd<float>::UInt>(_mm512_maskz_permutexvar_epi32(0xffff, bit_cast<__m512i>(i), steps));
 }
-KDFAST_INLINE Simd<double>::Int step_bits(Simd<double>::Int i) {
+KDFAST_INLINE Simd<double>::UInt step_bits(Simd<double>::UInt i) {
   const __m512i steps = _mm512_loadu_si512(Simd<double>::exp2_steps);
-  return bit_cast<Simd<double>::Int>(_mm512_maskz_permutexvar_epi64(0xff, bit_cast<__m512i>(i), steps));
+  return bit_cast<Simd<double>::UInt>(_mm512_maskz_permutexvar_epi64(0xff, bit_cast<__m512i>(i), steps));
 }
 #else
-KDFAST_INLINE Simd<float>::Int step_bits(Simd<float>::Int i) { return i * 0 + Simd<float>::exp2_steps[0]; }
-KDFAST_INLINE Simd<double>::Int step_bits(Simd<double>::Int i) { return i * 0 + Simd<double>::exp2_steps[0]; }
+KDFAST_INLINE Simd<float>::UInt step_bits(Simd<float>::UInt i) { return i * 0 + Simd<float>::exp2_steps[0]; }
+KDFAST_INLINE Simd<double>::UInt step_bits(Simd<double>::UInt i) { return i * 0 + Simd<double>::exp2_steps[0]; }
 #endif
 
 // 2^x for x <= 0 or NaN; relative error at most 2 ulp (1.0 measured with FMA, 1.3 without: tests/ops/test_simd.py),
 // 0 where the result is subnormal.
 template <class C> KDFAST_INLINE Vec<C> exp2_nonpositive(Vec<C> x) {
   using M = Simd<C>;
-  using Int = typename M::Int;
+  using UInt = typename M::UInt;  // of inputs far below, which are masked out, it wraps
   constexpr int terms = sizeof(M::exp2_terms) / sizeof(C), steps = sizeof(M::exp2_steps) / sizeof(C);
   constexpr int shift = M::mantissa - __builtin_ctz(steps);
   // x = k / steps + r, exact; k is in the low bits of `shifted`. Below the lowest masked out at the end.
@@ -243,7 +244,7 @@ template <class C> KDFAST_INLINE Vec<C> exp2_nonpositive(Vec<C> x) {
   Vec<C> sum = broadcast<C>(M::exp2_terms[terms - 1]);
 #pragma GCC unroll 16
   for (int k = terms - 2; k >= 0; --k) sum = sum * r + M::exp2_terms[k];
-  const Int k = bit_cast<Int>(shifted);
+  const UInt k = bit_cast<UInt>(shifted);
   const Vec<C> power = bit_cast<Vec<C>>(step_bits(k) + (k << shift));  // 2^(k / steps)
   // A step is rounded already: its product with something near 1 would be rounded once more than this sum.
   const Vec<C> result = steps == 1 ? power * (r * sum + C(1)) : power * (r * sum) + power;
