@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from kdfast import reference
 from kdfast.ops.kl import triton_kernels
 from kdfast.ops.kl.triton_kernels import KINDS, REDUCTIONS, Tiling
+from kdfast.ops.rows import rows_of
 from support import HALF, LAYOUTS, assert_within_rule
 
 assert triton_kernels.triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
@@ -468,15 +469,15 @@ def test_any_layout_in_memory(monkeypatch, layout, tiling):
 
 def test_rows_with_two_strides_are_not_copied():
     x = torch.zeros(4, 6, 8)
-    assert triton_kernels.rows_of(x) == (x, 1, 8, 0)
+    assert rows_of(x) == (x, 1, 8, 0)
     view = x[:, :-1]
-    assert triton_kernels.rows_of(view) == (view, 5, 48, 8)
+    assert rows_of(view) == (view, 5, 48, 8)
     view = torch.zeros(2, 4, 6, 8)[:, :, 1:]
-    assert triton_kernels.rows_of(view) == (view, 5, 48, 8)
+    assert rows_of(view) == (view, 5, 48, 8)
     view = torch.zeros(4, 8).expand(3, 4, 8)
-    assert triton_kernels.rows_of(view) == (view, 4, 0, 8)
-    assert triton_kernels.rows_of(torch.zeros(8, 6).T) is None
-    assert triton_kernels.rows_of(torch.zeros(3, 4, 5, 8)[:, :3, :4]) is None
+    assert rows_of(view) == (view, 4, 0, 8)
+    assert rows_of(torch.zeros(8, 6).T) is None
+    assert rows_of(torch.zeros(3, 4, 5, 8)[:, :3, :4]) is None
 
 
 @tiling

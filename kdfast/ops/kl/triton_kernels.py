@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
 from kdfast.ops.kl.function import KINDS
+from kdfast.ops.rows import Rows, rows_of
 from kdfast.ops.sizes import cdiv
 
 FORWARD = tl.constexpr(KINDS["forward"])
@@ -617,41 +618,6 @@ def options_of(
         # All that a program can have: ptxas otherwise spills some to let one more program onto the SM.
         options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps))
     return constants, options
-
-
-class Rows(NamedTuple):
-    """Rows of a tensor (..., V) in place: row r begins at element (r // split) * outer + (r % split) * inner."""
-
-    tensor: Tensor
-    split: int
-    outer: int
-    inner: int
-
-    @property
-    def arguments(self) -> tuple[Tensor, int, int, int]:
-        return self.tensor, self.split, self.outer, self.inner
-
-
-def rows_of(x: Tensor) -> Rows | None:
-    """``x`` as rows if its classes are adjacent and two strides reach every row, else None."""
-    if x.is_contiguous():
-        return Rows(x, 1, x.shape[-1], 0)
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        return None
-    dims: list[tuple[int, int]] = []  # (size, stride), outermost first, neighbours joined where one stride does
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    if len(dims) > 2:
-        return None
-    if len(dims) == 2:
-        return Rows(x, dims[1][0], dims[0][1], dims[1][1])
-    # One row: the stride of several, without which it would compile a kernel of its own.
-    return Rows(x, 1, dims[0][1] if dims else x.shape[-1], 0)
 
 
 def kl(

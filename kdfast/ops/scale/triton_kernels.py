@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, cuda
 
-from kdfast.ops.kl.triton_kernels import Rows, rows_of
+from kdfast.ops.rows import Rows, rows_of
 from kdfast.ops.sizes import cdiv
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdfast import backends
 from kdfast.ops.autograd import REDUCTIONS
-from kdfast.ops.kl.triton_kernels import BYTES_PER_LOAD, INFINITY, LN2, LOG2E, _shift, _softened, average, rows_of
+from kdfast.ops.kl.triton_kernels import BYTES_PER_LOAD, INFINITY, LN2, LOG2E, _shift, _softened, average
+from kdfast.ops.rows import rows_of
 from kdfast.ops.sizes import cdiv, next_power_of_2
 from kdfast.ops.topk_kl.function import TAILS
 from kdfast.reference.logits import PADDING_INDEX
