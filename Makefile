@@ -5,7 +5,7 @@ GPU_PYTHON ?= $(PYTHON)
 STAGES ?=
 VENV ?= .venv
 BIN = $(VENV)/bin
-CPU_OPS = kl features relation rkd rkd_sequence graph stream pool
+CPU_TESTS = kl features relation rkd rkd_sequence graph stream pool
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test test-long sanitize gpu resources style clean
@@ -29,7 +29,7 @@ sanitize: $(VENV)/built  ## the CPU kernels' tests under AddressSanitizer and UB
 	  $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml \
-	  $(addprefix $(CURDIR)/tests/,test_parity.py $(addprefix ops/test_,$(CPU_OPS:=.py))) \
+	  $(addprefix $(CURDIR)/tests/,test_parity.py $(addprefix ops/test_,$(CPU_TESTS:=.py))) \
 	  --capture=sys -k 'not compile and not memory and not 2_31'
 
 gpu:  ## on a machine with an NVIDIA GPU: build, prove, measure, report in 9 minutes; STAGES="build parity" runs some

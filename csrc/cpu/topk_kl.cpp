@@ -52,24 +52,21 @@ struct Options {
   bool logprobs;
 };
 
-double log_sum_exp(const std::vector<double>& x, double also = -INFINITY) {
+// log of the sum of exp(x), with `also` among the x. Into `shares`, where they are asked for: exp(x) over that sum, all 0
+// where it is 0.
+double log_sum_exp(const std::vector<double>& x, double also = -INFINITY, std::vector<double>* shares = nullptr) {
   double top = also;
   for (double v : x) top = std::max(top, v);
+  if (shares) shares->assign(x.size(), 0);
   if (top == -INFINITY) return -INFINITY;
   double sum = std::exp(also - top);
-  for (double v : x) sum += std::exp(v - top);
-  return top + std::log(sum);
-}
-
-// The same, and exp(x) over that sum into p, which are all 0 where the sum is.
-double softmax(const std::vector<double>& x, std::vector<double>& p, double also = -INFINITY) {
-  double top = also;
-  for (double v : x) top = std::max(top, v);
-  p.assign(x.size(), 0);
-  if (top == -INFINITY) return -INFINITY;
-  double sum = std::exp(also - top);
-  for (size_t i = 0; i < x.size(); ++i) sum += p[i] = std::exp(x[i] - top);
-  for (double& v : p) v /= sum;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double e = std::exp(x[i] - top);
+    sum += e;
+    if (shares) (*shares)[i] = e;
+  }
+  if (shares)
+    for (double& share : *shares) share /= sum;
   return top + std::log(sum);
 }
 
@@ -129,7 +126,7 @@ class RowLoss {
     for (int64_t index : listed.classes)
       listed.student.push_back(load_scalar(student_.row(r), index, out_.storage) / o_.temperature);
     if (soften) {
-      const double total = softmax(listed.teacher, listed.p_teacher);
+      const double total = log_sum_exp(listed.teacher, -INFINITY, &listed.p_teacher);
       for (double& v : listed.teacher) v -= total;
     } else {
       listed.p_teacher.resize(listed.teacher.size());
@@ -164,7 +161,7 @@ class RowLoss {
   double among_listed(int64_t r, Listed& listed, double g) const {
     if (out_.wants_grad()) std::memset(out_.grad_row(r), 0, out_.classes * out_.grad.element_size);
     if (listed.classes.empty()) return 0;
-    const double log_sum = softmax(listed.student, listed.p_student);
+    const double log_sum = log_sum_exp(listed.student, -INFINITY, &listed.p_student);
     // A student without mass among them is infinitely far, and has no slope.
     return log_sum == -INFINITY ? listed_terms(r, listed, 0, 1, 0) : listed_terms(r, listed, log_sum, 1, g);
   }
@@ -178,7 +175,7 @@ class RowLoss {
     });
     const RowStats rest = w.merged(0, Form::student);
     const double log_rest = rest.sum_student == 0 ? -INFINITY : rest.max_student / o_.temperature + std::log(rest.sum_student);
-    const double log_sum = softmax(listed.student, listed.p_student, log_rest);
+    const double log_sum = log_sum_exp(listed.student, log_rest, &listed.p_student);
     double mass = 0, rest_teacher = 0, divergence = 0;
     for (double p : listed.p_teacher) mass += p;
     if (o_.tail == Tail::bucket && static_cast<int64_t>(listed.classes.size()) < out_.classes) {
