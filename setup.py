@@ -1,5 +1,7 @@
 """Builds ``kdfast._C`` against PyTorch's stable ABI: one binary for Python >= 3.10 and torch >= 2.11.
 
+And a second one, small, of what is not in that ABI: ``csrc/autograd.cpp``, named after the torch it is built with.
+
 Switches (environment variables):
     KDFAST_BUILD_EXT=0    build nothing: a pure-Python install, CPU tensors run the reference
     KDFAST_CUDA=0|1|auto  compile csrc/cuda too; auto: when nvcc is found and torch is a CUDA build
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -70,8 +73,15 @@ def wants_cuda() -> bool:
     )
 
 
+def autograd_module() -> str:
+    """The name of the binary of csrc/autograd.cpp. kdfast/ops/nodes.py looks for the same."""
+    import torch
+
+    return "kdfast._autograd_" + re.sub(r"\W", "_", torch.__version__)
+
+
 def extension() -> dict[str, object]:
-    """What setup() needs to know to build the extension."""
+    """What setup() needs to know to build the extensions."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     debug = os.environ.get("KDFAST_DEBUG", "0") == "1"
@@ -90,7 +100,7 @@ def extension() -> dict[str, object]:
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     macros += [(f"KDFAST_HAS_{level.upper()}", "1") for level in levels()]
     cuda = wants_cuda()
-    module = (CUDAExtension if cuda else CppExtension)(
+    kernels = (CUDAExtension if cuda else CppExtension)(
         "kdfast._C",
         [*COMMON, *(CUDA if cuda else [])],
         # USE_CUDA: the stable ABI's declarations for it.
@@ -99,12 +109,15 @@ def extension() -> dict[str, object]:
         depends=[str(path) for path in Path("csrc").rglob("*.*h")],
         py_limited_api=True,
     )
+    autograd = CppExtension(
+        autograd_module(), ["csrc/autograd.cpp"], extra_compile_args={"cxx": cxx}, py_limited_api=True
+    )
 
     class BuildLevels(BuildExtension):
-        """Adds the objects of PER_LEVEL, one set per instruction set, to the link."""
+        """Adds the objects of PER_LEVEL, one set per instruction set, to the link of the kernels."""
 
         def build_extension(self, ext) -> None:
-            for level, flags in levels().items():
+            for level, flags in levels().items() if ext is kernels else ():
                 ext.extra_objects += self.compiler.compile(
                     PER_LEVEL,
                     output_dir=str(Path(self.build_temp) / level),
@@ -116,7 +129,7 @@ def extension() -> dict[str, object]:
             super().build_extension(ext)
 
     return {
-        "ext_modules": [module],
+        "ext_modules": [kernels, autograd],
         "cmdclass": {"build_ext": BuildLevels},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

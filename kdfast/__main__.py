@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from kdfast import backends, reference
+from kdfast.ops import nodes
 
 WIDTH = 100
 
@@ -21,6 +22,7 @@ def report() -> str:
         f"python {platform.python_version()}",
         f"torch {torch.__version__} (cuda {torch.version.cuda or 'not in this build'})",
         f"cpu kernels: {_cpu_line()}",
+        f"autograd nodes: {_nodes_line()}",
         f"cuda device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
     ]
     forced = next(filter(backends.is_forced, backends.NAMES))
@@ -63,6 +65,10 @@ def _cpu_line() -> str:
     if backends.extension_problem() is not None:
         return f"missing: {backends.extension_problem()}"
     return f"{backends.cpu_level()} (this processor and build can run {', '.join(backends.cpu_levels())})"
+
+
+def _nodes_line() -> str:
+    return "in C++" if nodes.problem() is None else f"in Python: {nodes.problem()}"
 
 
 def _chosen(op: str, device_type: str, forced: str) -> tuple[str, str]:

@@ -119,6 +119,7 @@ def test_the_report_names_every_op_function_and_the_level():
     for name in (*NAMES, "CRDLoss"):
         assert len(re.findall(rf"\b{name}\b", text)) == 1, name
     assert "cpu kernels:" in text
+    assert "autograd nodes: in " in text
     assert ("on CUDA (no device)" in text) == (not torch.cuda.is_available())
 
 

@@ -9,12 +9,13 @@ been multiplied by the loss scale would leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdfast.ops import nodes
 from kdfast.ops.scale import scale_
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
@@ -24,19 +25,28 @@ Call = tuple[Callable[..., Any], Any, tuple[Tensor | None, ...]]
 
 
 def apply(
-    function: type[torch.autograd.Function],
+    function: type[Any],
     student: Tensor,
     op: Callable[..., Any],
-    options: Iterable[Any],
+    options: Any,
     *tensors: Tensor | None,
 ) -> Tensor:
     """``function.apply``, to which a student looks like a constant where no gradient is recorded (``torch.no_grad``).
 
     Inside ``apply`` nothing is ever recorded, and ``ctx.needs_input_grad`` tells what requires a gradient elsewhere.
-    Nothing else gets a gradient: as one tuple it costs autograd no time, which counts on short rows.
+    Nothing else gets a gradient: as one tuple it costs autograd no time, which counts on short rows. There a node in
+    C++ costs less still, and the op brings it along.
     """
+    recorded = torch.is_grad_enabled()
+    if (
+        recorded
+        and student.requires_grad
+        and function.keeps_gradient(student, options)
+        and nodes.differentiate(student)
+    ):
+        return op(student, *tensors, *options, True)[0]
     call: Call = (op, options, tensors)
-    loss: Tensor = function.apply(student if torch.is_grad_enabled() else student.detach(), call)
+    loss: Tensor = function.apply(student if recorded else student.detach(), call)
     return loss
 
 
@@ -65,10 +75,15 @@ class RowLoss(torch.autograd.Function):
     """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight."""
 
     @staticmethod
+    def keeps_gradient(student: Tensor, options: Any) -> bool:
+        """Whether backward needs nothing but the gradient forward has made."""
+        return options.reduction != REDUCTIONS["none"] and student.dtype is not torch.float16
+
+    @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
         op, options, tensors = call
         needs_grad = ctx.needs_input_grad[0]
-        recompute = options.reduction == REDUCTIONS["none"] or student.dtype is torch.float16
+        recompute = not RowLoss.keeps_gradient(student, options)
         loss, grad = op(student, *tensors, *options, needs_grad and not recompute)
         ctx.recompute = (op, options) if recompute else None
         if needs_grad:
@@ -100,6 +115,11 @@ class ScalarLoss(torch.autograd.Function):
 
     ``grad`` may be wider than the student, so that float16 is not rounded before grad_output has scaled it.
     """
+
+    @staticmethod
+    def keeps_gradient(student: Tensor, options: Any) -> bool:
+        """As in ``RowLoss``: always."""
+        return True
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from test_features import SIZES, maps
 from torch import Tensor
 
-from kdfast.ops import features
+from kdfast.ops import features, nodes
 from kdfast.ops.features import triton_kernels
 from support import assert_parity
 
@@ -30,6 +30,7 @@ def triton_ops(monkeypatch) -> None:
 
     for name in ("attention", "feature_mse"):
         monkeypatch.setattr(torch.ops.kdfast, name, Op(getattr(triton_kernels, name)))
+    monkeypatch.setattr(nodes, "_missing", "a launcher has none")
     monkeypatch.setattr(triton_kernels, "TILE", 64)
     monkeypatch.setattr(triton_kernels, "block", lambda pixels: 16)  # several a map
 

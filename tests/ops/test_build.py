@@ -1,4 +1,7 @@
-"""What the built binary promises: the stable ABI only, and no instruction above the baseline outside its level."""
+"""What the built binary promises: the stable ABI only, and no instruction above the baseline outside its level.
+
+All but the autograd nodes, which are a binary of their own (test_nodes.py).
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def test_an_unstable_symbol_would_be_noticed():
 
 def test_sources_include_only_stable_headers():
     for path in (ROOT / "csrc").rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.name != "autograd.cpp":
             includes = re.findall(r'#include\s*[<"]([^>"]+)', path.read_text())
             foreign = [name for name in includes if re.match(r"(ATen|c10|torch)/", name)]
             assert all(re.match(r"torch/(csrc/stable|headeronly)/", name) for name in foreign), (path, foreign)

@@ -76,6 +76,11 @@ def _kl_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
 
 class _KLInplace(torch.autograd.Function):
     @staticmethod
+    def keeps_gradient(student: Tensor, options: Any) -> bool:
+        """Not beside the student, as the nodes in C++ do."""
+        return False
+
+    @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
         op, options, tensors = call
         if not ctx.needs_input_grad[0]:

@@ -1,0 +1,83 @@
+// The autograd node of losses on CPU tensors, whose ops have made the gradient by the time the loss is there. On short rows
+// a node in Python takes as long as the arithmetic. kdfast/ops/autograd.py is what this does, and does it where this is not:
+// nodes are not in PyTorch's stable ABI, so they are a binary of their own, for the PyTorch it was built with.
+#include <Python.h>
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct RefuseSecondDerivative : torch::autograd::Function<RefuseSecondDerivative> {
+  static Tensor forward(AutogradContext*, const Tensor& gradient) { return gradient.view_as(gradient); }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "kdfast losses can be differentiated once: double backward needs kdfast.backends.use('reference')");
+  }
+};
+
+// What an op returns. Behind a struct, so that a node takes neither for an input.
+struct Result {
+  Tensor loss, gradient;
+};
+
+struct LossBackward : torch::autograd::Function<LossBackward> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: backward looks at no value where that traces
+
+  static Tensor forward(AutogradContext* context, const Tensor&, const Result& result) {
+    context->save_for_backward({result.gradient});
+    return result.loss;
+  }
+
+  // What is given away belongs to the caller, who may write it: a retained graph gives a copy.
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    const Tensor saved = context->get_saved_variables().front();
+    const Tensor gradient = scaled(saved, grad_outputs.front());
+    return {at::GradMode::is_enabled() ? RefuseSecondDerivative::apply(gradient.detach().requires_grad_()) : gradient, {}};
+  }
+
+ private:
+  static Tensor scaled(const Tensor& gradient, const Tensor& factor) {
+    const at::NoGradGuard guard;
+    if (at::areAnyTensorSubclassLike({gradient, factor})) return gradient.mul(factor);  // whose values nobody can look at
+    const Tensor mine = torch::autograd::get_current_graph_task_keep_graph() ? gradient.clone() : gradient;
+    return factor.item<double>() == 1 ? mine : mine.mul_(factor);
+  }
+};
+
+// op(student, ..., needs_grad) -> (loss, gradient), and the loss remembers the student where autograd records.
+void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const size_t first = stack->size() - op.schema().arguments().size();
+  const Tensor student = (*stack)[first].toTensor();
+  const bool records = stack->back().toBool() && at::GradMode::is_enabled() && student.requires_grad();
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  if (!records) return;
+  const Result result{(*stack)[first].toTensor(), stack->back().toTensor()};
+  (*stack)[first] = LossBackward::apply(student, result);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kdfast, AutogradCPU, m) {
+  for (const char* loss : {"kl", "topk_kl", "graph_kl", "rkd", "rkd_sequence", "attention", "feature_mse", "crd", "pkt",
+                           "similarity_preserving", "kernel_alignment"})
+    m.impl(loss, torch::CppFunction::makeFromBoxedFunction<&differentiable>());
+}
+
+#define KDFAST_JOIN(a, b) a##b
+#define KDFAST_INIT(name) KDFAST_JOIN(PyInit_, name)
+
+// Importing the module runs the registrations above; the module itself is empty.
+PyMODINIT_FUNC KDFAST_INIT(TORCH_EXTENSION_NAME)() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

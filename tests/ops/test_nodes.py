@@ -1,0 +1,195 @@
+"""Autograd nodes in C++ and in Python: the same bits, the same rules of PyTorch, whichever of them a loss gets."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+
+import kdfast
+from kdfast import backends
+from kdfast.ops import nodes
+from samples import SAMPLES
+from support import DTYPES, cast, is_differentiable, sample_inputs
+
+pytestmark = pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_KEPT_NEIGHBOURS = ("similarity_graph", "hardest_negatives")  # not losses: their backward has a kernel of its own
+OF_ROWS = (*backends.FUNCTIONS["kl"], *backends.FUNCTIONS["topk_kl"], "graph_distillation_loss")
+LOSSES = [name for names in backends.FUNCTIONS.values() for name in names if name not in OF_KEPT_NEIGHBOURS]
+
+
+@pytest.fixture(params=["C++", "Python"])
+def written_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The language of the nodes of the losses that a test makes."""
+    if request.param == "Python":
+        monkeypatch.setattr(nodes, "_missing", "left out")
+    return request.param
+
+
+def language(loss: Tensor) -> str:
+    """In which the node behind ``loss`` is written."""
+    return "C++" if type(loss.grad_fn).__name__ == "CppFunction" else "Python"
+
+
+def logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 10, generator=generator).mul_(3).to(dtype)
+    return student.clone().requires_grad_(), teacher.clone()
+
+
+def test_the_binary_was_built_with_this_torch():
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+    assert setup["autograd_module"]() == nodes.MODULE
+    assert nodes.problem() is None
+
+
+def test_a_loss_gets_the_node_that_a_test_asks_for(written_in):
+    assert language(kdfast.kl_divergence(*logits())) == written_in
+
+
+def both_ways(name: str, dtype: torch.dtype, seed: int, factor: float) -> list[Tensor]:
+    """The loss, and its gradients for grad_output ``factor`` from a graph kept and freed."""
+    inputs, options = sample_inputs(name, seed, SAMPLES[name].leading[0], max(SAMPLES[name].widths))
+    arguments = cast({**inputs, **options}, dtype)
+    leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
+    loss = getattr(kdfast, name)(**arguments)
+    upstream = torch.full_like(loss, factor)
+    kept = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    # One value a row needs a kernel in backward, and float16 the kernels of rows: those nodes are in Python alone.
+    expected = "Python" if loss.dim() > 0 or (dtype == torch.float16 and name in OF_ROWS) else "C++"
+    assert language(loss) == ("Python" if nodes.problem() else expected)
+    return [loss.detach(), *kept, *torch.autograd.grad(loss, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_bits_do_not_depend_on_the_language(monkeypatch, name, dtype):
+    cases = list(itertools.product(range(6), (1.0, -2.5, 0.0)))
+    in_cpp = [both_ways(name, dtype, *case) for case in cases]
+    monkeypatch.setattr(nodes, "_missing", "left out")
+    for found, case in zip(in_cpp, cases, strict=True):
+        for one, other in zip(found, both_ways(name, dtype, *case), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_graph_is_freed_by_a_backward_and_kept_where_asked(written_in):
+    student, teacher = logits()
+    loss = kdfast.kl_divergence(student, teacher)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    first.fill_(7)  # is the caller's
+    (second,) = torch.autograd.grad(loss, student)
+    assert not torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_alone_is_kept_and_handed_over(written_in, name):
+    inputs, options = sample_inputs(name, 0, SAMPLES[name].leading[0], max(SAMPLES[name].widths))
+    arguments = cast({**inputs, **options, **{key: "sum" for key in options if key == "reduction"}}, torch.float32)
+    (student,) = (value for key, value in arguments.items() if is_differentiable(key, value))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.data_ptr(), x.grad_fn)) or x, lambda x: x):
+        loss = getattr(kdfast, name)(**arguments)
+    (grad,) = torch.autograd.grad(loss, student, torch.tensor(2.0))
+    assert language(loss) == written_in
+    assert kept == [(grad.data_ptr(), None)]
+
+
+def test_a_second_derivative_is_refused(written_in):
+    student, teacher = logits()
+    (grad,) = torch.autograd.grad(kdfast.kl_divergence(student, teacher), student, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        grad.sum().backward()
+
+
+def test_nothing_is_recorded_where_nobody_asks(written_in):
+    student, teacher = logits()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert not kdfast.kl_divergence(student, teacher).requires_grad
+    assert not kdfast.kl_divergence(student.detach(), teacher).requires_grad
+    assert not kdfast.kl_divergence(student.detach(), teacher.requires_grad_()).requires_grad
+
+
+def test_a_teacher_of_inference_mode_is_taken(written_in):
+    student, teacher = logits()
+    with torch.inference_mode():
+        made = teacher.clone()
+    expected, loss = kdfast.kl_divergence(student, teacher), kdfast.kl_divergence(student, made)
+    assert language(loss) == written_in
+    for one, other in zip(*(torch.autograd.grad(x, student) for x in (loss, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_checkpoints_make_the_loss_again(written_in):
+    student, teacher = logits()
+
+    def loss(x: Tensor) -> Tensor:
+        return kdfast.kl_divergence(2 * x, teacher)
+
+    again = torch.utils.checkpoint.checkpoint(loss, student, use_reentrant=False)
+    assert torch.equal(*(torch.autograd.grad(value, student)[0] for value in (again, loss(student))))
+
+
+def test_fake_tensors_have_gradients_without_values(written_in):
+    with FakeTensorMode() as mode:
+        student, teacher = (mode.from_tensor(x) for x in logits(torch.bfloat16))
+        loss = kdfast.kl_divergence(student, teacher)
+        (grad,) = torch.autograd.grad(loss, student)
+    assert (grad.shape, grad.dtype) == (student.shape, torch.bfloat16)
+
+
+def test_a_compiler_traces_backward(written_in):
+    student, teacher = logits()
+    (expected,) = torch.autograd.grad(kdfast.kl_divergence(student, teacher), student)
+
+    def compiler(module: Callable) -> Callable:
+        return torch.compile(module, backend="aot_eager", fullgraph=True)
+
+    torch._dynamo.reset()
+    with compiled_autograd._enable(compiler):
+        loss = kdfast.kl_divergence(student, teacher)
+        (-2 * loss).backward()
+    assert language(loss) == written_in
+    torch.testing.assert_close(student.grad, -2 * expected)
+
+
+def test_transforms_and_forward_mode_are_refused(written_in):
+    student, teacher = logits()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: kdfast.kl_divergence(x, teacher))(student)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
+        kdfast.kl_divergence(forward_ad.make_dual(student, torch.ones_like(student)), teacher)
+
+
+WITHOUT_BINARY = f"""
+import sys
+sys.modules[{nodes.MODULE!r}] = None  # what a build for another PyTorch looks like
+import torch, kdfast
+x = torch.randn(3, 5, requires_grad=True)
+kdfast.kl_divergence(x, torch.randn(3, 5)).backward()
+assert x.grad is not None
+from kdfast.__main__ import report
+print(report())
+"""
+
+
+def test_without_the_binary_nodes_are_in_python_and_the_report_says_why():
+    arguments = [sys.executable, "-W", "error", "-c", WITHOUT_BINARY]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    line = next(line for line in printed.splitlines() if line.startswith("autograd nodes:"))
+    assert line.startswith(f"autograd nodes: in Python: not built with torch {torch.__version__}")
