@@ -40,18 +40,17 @@ Output make_output(const Rows& student, const Tensor& grad, const std::optional<
 }
 
 Tensor reduced(const Output& out, const Tensor& student) {
-  std::vector<double> values = out.loss;
-  std::vector<int64_t> shape = leading_shape(student);
-  if (out.reduction != Reduction::none) {
-    double total = 0;
-    for (double row : out.loss) total += row;
-    values = {total / out.divisor()};
-    shape.clear();
-  }
   const bool wide = out.storage == Storage::float64;
-  Tensor result = empty(shape, wide ? ScalarType::Double : ScalarType::Float);
   const Storage storage = wide ? Storage::float64 : Storage::float32;
-  for (size_t i = 0; i < values.size(); ++i) store_scalar(result.data_ptr(), i, storage, values[i]);
+  const bool each = out.reduction == Reduction::none;
+  Tensor result = empty(each ? leading_shape(student) : std::vector<int64_t>{}, wide ? ScalarType::Double : ScalarType::Float);
+  if (each) {
+    for (int64_t r = 0; r < out.count; ++r) store_scalar(result.data_ptr(), r, storage, out.loss[r]);
+    return result;
+  }
+  double totals[4] = {};  // one alone would wait for each sum before the next
+  for (int64_t r = 0; r < out.count; ++r) totals[r % 4] += out.loss[r];
+  store_scalar(result.data_ptr(), 0, storage, ((totals[0] + totals[1]) + (totals[2] + totals[3])) / out.divisor());
   return result;
 }
 
