@@ -170,6 +170,8 @@ def check_positive(name: str, value: float) -> None:
 
 def check_temperature(temperature: float) -> None:
     """The temperature is finite and above 0, and so is its square, which losses are multiplied with."""
+    if type(temperature) is float and 1e-150 <= temperature <= 1e150:
+        return  # at once, as in check_pair
     check_positive("temperature", temperature)
     if not 0 < temperature * temperature <= LARGEST_FLOAT:
         raise ValueError(f"temperature must be between 1e-150 and 1e150, got {temperature}")
@@ -187,6 +189,15 @@ def check_non_negative(name: str, value: float) -> None:
     check_number(name, value)
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_row_options(mask: Tensor | None, row_weight: Tensor | None, like: Tensor) -> None:
+    """Both are None or fit the rows of ``like`` (…, V)."""
+    if mask is None and row_weight is None:
+        return
+    rows = like.shape[:-1]
+    check_mask(mask, rows, like)
+    check_row_weight(row_weight, rows, like)
 
 
 def check_mask(mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:

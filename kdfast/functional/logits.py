@@ -62,9 +62,7 @@ def kl_divergence(
     checks.check_temperature(temperature)
     checks.check_option("direction", direction, ("forward", "reverse"))
     checks.check_reduction(reduction)
-    rows = student_logits.shape[:-1]
-    checks.check_mask(mask, rows, student_logits)
-    checks.check_row_weight(row_weight, rows, student_logits)
+    checks.check_row_options(mask, row_weight, student_logits)
     checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.kl_divergence(
@@ -139,9 +137,7 @@ def js_divergence(
     checks.check_fraction("beta", beta)
     checks.check_temperature(temperature)
     checks.check_reduction(reduction)
-    rows = student_logits.shape[:-1]
-    checks.check_mask(mask, rows, student_logits)
-    checks.check_row_weight(row_weight, rows, student_logits)
+    checks.check_row_options(mask, row_weight, student_logits)
     checks.check_inplace_backward(inplace_backward, student_logits, teacher_logits)
     if not backends.has_kernel("kl", student_logits, inplace_backward=inplace_backward):
         return reference.js_divergence(
@@ -388,9 +384,7 @@ def standardized_kl_divergence(
     checks.check_logits(student_logits, teacher_logits)
     checks.check_temperature(temperature)
     checks.check_reduction(reduction)
-    rows = student_logits.shape[:-1]
-    checks.check_mask(mask, rows, student_logits)
-    checks.check_row_weight(row_weight, rows, student_logits)
+    checks.check_row_options(mask, row_weight, student_logits)
     if not backends.has_kernel("kl", student_logits):
         return reference.standardized_kl_divergence(
             student_logits, teacher_logits, temperature, reduction=reduction, mask=mask, row_weight=row_weight
@@ -553,8 +547,7 @@ def linear_kl_divergence(
         checks.check_labels(labels, rows, student_hidden, num_classes=num_classes, ignore_index=ignore_index)
     else:
         checks.check_alpha_without_labels(alpha)
-    checks.check_mask(mask, rows, student_hidden)
-    checks.check_row_weight(row_weight, rows, student_hidden)
+    checks.check_row_options(mask, row_weight, student_hidden)
     return reference.linear_kl_divergence(
         student_hidden,
         student_weight,
