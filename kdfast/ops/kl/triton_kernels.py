@@ -99,6 +99,7 @@ def _kl_kernel(
         present = kept & (columns < classes)  # a row that does not count is not read
     else:
         columns = tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
+        present = columns < classes
         if tl.max(keep.to(tl.int32), axis=0) == 0:
             tl.store(loss_ptr + row, tl.zeros([1], tl.float32))
             if grad_ptr is not None:
@@ -128,33 +129,14 @@ def _kl_kernel(
     centre = tl.zeros([R], tl.float32)
     deviation = tl.zeros([R], tl.float32)
     if KIND == STANDARDIZED:
-        count = tl.zeros([A], tl.float32)
-        mean_s = tl.zeros([A], tl.float32)
-        mean_t = tl.zeros([A], tl.float32)
-        squares_s = tl.zeros([A], tl.float32)
-        squares_t = tl.zeros([A], tl.float32)
-        if ONE_TILE:
-            s = _read(student, columns, present, pivot_s, stretch_s, KIND, "evict_last")
-            t = _read(teacher, columns, present, pivot_t, stretch_t, KIND, "evict_last")
-            count, mean_s, squares_s, mean_t, squares_t = _with_moments(
-                count, mean_s, squares_s, mean_t, squares_t, s, t, present, tl.where(keep, classes, 0)
-            )
-        else:
-            for tile in range(0, tiles):
-                here = tile * (A * B) + columns
-                s = _read(student, here, here < classes, pivot_s, stretch_s, KIND, "evict_last")
-                t = _read(teacher, here, here < classes, pivot_t, stretch_t, KIND, "evict_last")
-                left = tl.minimum(tl.maximum(classes - tile * (A * B) - tl.arange(0, A) * B, 0), B)
-                count, mean_s, squares_s, mean_t, squares_t = _with_moments(
-                    count, mean_s, squares_s, mean_t, squares_t, s, t, here < classes, left
-                )
-            mean_s, squares_s = _merged_moments(count, mean_s, squares_s, classes)
-            mean_t, squares_t = _merged_moments(count, mean_t, squares_t, classes)
+        mean, squares_s, squares_t = _moments(
+            student, teacher, columns, present, keep, pivot_s, pivot_t, classes, ONE_TILE, A, B
+        )
         degrees = tl.maximum(classes - 1, 1).to(tl.float32)
         deviation = tl.sqrt_rn(squares_s / degrees)
         stretch_s = (1.0 / (deviation + EPS))[:, None]
         stretch_t = (1.0 / (tl.sqrt_rn(squares_t / degrees) + EPS))[:, None]
-        centre = mean_s / (deviation + EPS)
+        centre = mean / (deviation + EPS)
 
     # --- sums
     largest_s = tl.full([A], -INFINITY, tl.float32)
@@ -250,21 +232,9 @@ def _kl_kernel(
         divergence = (beta * from_t + (1 - beta) * from_s) * LN2
         k_s = slopes * ((1 - beta) * LN2)
     elif KIND == DKD:
-        # The label against all others together: a sigmoid of u, in units of log2.
-        u_s = tl.fma(label_s, factor, -shift_s) - log_s
-        u_t = tl.fma(label_t, factor, -shift_t) - log_t
-        target = _sigmoid_term(u_t, u_s) + _sigmoid_term(-u_t, -u_s)
-        others = cross / sum_t + (log_s - log_t)
-        others = tl.where(sum_s == 0, INFINITY, others)  # no mass outside the label: infinitely far,
-        others = tl.where(sum_t == 0, 0.0, others)  # or nothing to be far from
-        divergence = (alpha * target + beta * others) * LN2
-        # p_s - p_t, from p or from 1 - p, whichever are small
-        near_one = (u_s > 0) & (u_t > 0)
-        difference = tl.where(near_one, _sigmoid(-u_t) - _sigmoid(-u_s), _sigmoid(u_s) - _sigmoid(u_t))
-        at_label = slopes * alpha * difference
-        slopes = tl.where(sum_t == 0, 0.0, slopes * beta)
-        k_s = tl.where(sum_s == 0, 0.0, (slopes - at_label) / sum_s)
-        k_t = tl.where(sum_t == 0, 0.0, slopes / sum_t)
+        divergence, k_s, k_t, at_label = _decoupled(
+            label_s, label_t, factor, shift_s, shift_t, sum_s, sum_t, log_s, log_t, cross, slopes, alpha, beta
+        )
     else:
         divergence = (cross / sum_t + (log_s - log_t)) * LN2
     if KIND == STANDARDIZED:
@@ -279,16 +249,11 @@ def _kl_kernel(
     # A weight of 0 leaves the divergence out, also where it is infinite.
     value = tl.where(scale == 0, 0.0, scale * divergence)
     if HARD:
-        log_hard = tl.log2(hard)
-        y_label = tl.fma(label_s, LOG2E, -hard_shift)
-        cross_entropy = (1 - label_smoothing) * (LN2 * (log_hard - y_label))
+        cross_entropy = _cross_entropy(
+            label_s, largest_s, hard, hard_shift, logits, pivot_s, classes, label_smoothing, SMOOTH
+        )
         at_label = -ce_weight * (1 - label_smoothing) * weights
         if SMOOTH:
-            # logsumexp - mean; what rounding hard_shift took from the maximum is put back.
-            lost = tl.fma(largest_s, LOG2E, -hard_shift)
-            pivot = tl.sum(pivot_s, axis=1)
-            spread = LN2 * (log_hard - lost) + ((largest_s - pivot) - logits / classes)
-            cross_entropy += label_smoothing * spread
             floor = -ce_weight * label_smoothing / classes * weights
         value += ce_weight * cross_entropy
     tl.store(loss_ptr + row, tl.where(keep, value * weights, 0.0), mask=inside)
@@ -473,6 +438,76 @@ def _gradient(
         g += _hard_exponential(s, e_s, hard_shift, POWER) * k_hard[:, None] + floor[:, None]
         g += tl.where(columns == label[:, None], at_label[:, None], 0.0)
     return g
+
+
+@triton.jit
+def _decoupled(
+    label_s, label_t, factor, shift_s, shift_t, sum_s, sum_t, log_s, log_t, cross, slopes, alpha, beta
+):  # fmt: skip
+    """The divergence of dkd; what e_s and e_t are multiplied with in its gradient; the gradient at the label."""
+    # The label against all others together: a sigmoid of u, in units of log2.
+    u_s = tl.fma(label_s, factor, -shift_s) - log_s
+    u_t = tl.fma(label_t, factor, -shift_t) - log_t
+    target = _sigmoid_term(u_t, u_s) + _sigmoid_term(-u_t, -u_s)
+    others = cross / sum_t + (log_s - log_t)
+    others = tl.where(sum_s == 0, INFINITY, others)  # no mass outside the label: infinitely far,
+    others = tl.where(sum_t == 0, 0.0, others)  # or nothing to be far from
+    divergence = (alpha * target + beta * others) * LN2
+    # p_s - p_t, from p or from 1 - p, whichever are small
+    near_one = (u_s > 0) & (u_t > 0)
+    difference = tl.where(near_one, _sigmoid(-u_t) - _sigmoid(-u_s), _sigmoid(u_s) - _sigmoid(u_t))
+    at_label = slopes * alpha * difference
+    slopes = tl.where(sum_t == 0, 0.0, slopes * beta)
+    k_s = tl.where(sum_s == 0, 0.0, (slopes - at_label) / sum_s)
+    k_t = tl.where(sum_t == 0, 0.0, slopes / sum_t)
+    return divergence, k_s, k_t, at_label
+
+
+@triton.jit
+def _cross_entropy(
+    label_s, largest_s, hard, hard_shift, logits, pivot_s, classes, label_smoothing, SMOOTH: tl.constexpr
+):  # fmt: skip
+    log_hard = tl.log2(hard)
+    y_label = tl.fma(label_s, LOG2E, -hard_shift)
+    value = (1 - label_smoothing) * (LN2 * (log_hard - y_label))
+    if SMOOTH:
+        # logsumexp - mean; what rounding hard_shift took from the maximum is put back.
+        lost = tl.fma(largest_s, LOG2E, -hard_shift)
+        pivot = tl.sum(pivot_s, axis=1)
+        spread = LN2 * (log_hard - lost) + ((largest_s - pivot) - logits / classes)
+        value += label_smoothing * spread
+    return value
+
+
+@triton.jit
+def _moments(
+    student, teacher, columns, present, keep, pivot_s, pivot_t, classes,
+    ONE_TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The student's mean, relative to its pivot, and the sums of squares around both sides' means."""
+    count = tl.zeros([A], tl.float32)
+    mean_s = tl.zeros([A], tl.float32)
+    mean_t = tl.zeros([A], tl.float32)
+    squares_s = tl.zeros([A], tl.float32)
+    squares_t = tl.zeros([A], tl.float32)
+    if ONE_TILE:
+        s = _read(student, columns, present, pivot_s, 1.0, STANDARDIZED, "evict_last")
+        t = _read(teacher, columns, present, pivot_t, 1.0, STANDARDIZED, "evict_last")
+        count, mean_s, squares_s, mean_t, squares_t = _with_moments(
+            count, mean_s, squares_s, mean_t, squares_t, s, t, present, tl.where(keep, classes, 0)
+        )
+    else:
+        for tile in range(0, tl.cdiv(classes, A * B)):
+            here = tile * (A * B) + columns
+            s = _read(student, here, here < classes, pivot_s, 1.0, STANDARDIZED, "evict_last")
+            t = _read(teacher, here, here < classes, pivot_t, 1.0, STANDARDIZED, "evict_last")
+            left = tl.minimum(tl.maximum(classes - tile * (A * B) - tl.arange(0, A) * B, 0), B)
+            count, mean_s, squares_s, mean_t, squares_t = _with_moments(
+                count, mean_s, squares_s, mean_t, squares_t, s, t, here < classes, left
+            )
+        mean_s, squares_s = _merged_moments(count, mean_s, squares_s, classes)
+        mean_t, squares_t = _merged_moments(count, mean_t, squares_t, classes)
+    return mean_s, squares_s, squares_t
 
 
 @triton.jit
