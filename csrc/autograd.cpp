@@ -8,7 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-namespace {
+namespace kdfast {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
@@ -52,7 +52,7 @@ struct LossBackward : torch::autograd::Function<LossBackward> {
 };
 
 // op(student, ..., needs_grad) -> (loss, gradient), and the loss remembers the student where autograd records.
-void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+static void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t first = stack->size() - op.schema().arguments().size();
   const Tensor student = (*stack)[first].toTensor();
   const bool records = stack->back().toBool() && at::GradMode::is_enabled() && student.requires_grad();
@@ -65,12 +65,12 @@ void differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, tor
   (*stack)[first] = LossBackward::apply(student, result);
 }
 
-}  // namespace
+}  // namespace kdfast
 
 TORCH_LIBRARY_IMPL(kdfast, AutogradCPU, m) {
   for (const char* loss : {"kl", "topk_kl", "graph_kl", "rkd", "rkd_sequence", "attention", "feature_mse", "crd", "pkt",
                            "similarity_preserving", "kernel_alignment"})
-    m.impl(loss, torch::CppFunction::makeFromBoxedFunction<&differentiable>());
+    m.impl(loss, torch::CppFunction::makeFromBoxedFunction<&kdfast::differentiable>());
 }
 
 #define KDFAST_JOIN(a, b) a##b

@@ -5,6 +5,8 @@ grad_output 1: student and teacher are read once and the gradient is written onc
 and has nothing to do where that is 1. Two cases run the kernel again in backward instead, with grad_output folded in:
 ``reduction='none'``, where a scaled copy moves as many bytes, and float16, whose range a gradient that has not yet
 been multiplied by the loss scale would leave.
+
+On CPU tensors a gradient made in forward is kept by a node in C++ where there is one: ``nodes.py``.
 """
 
 from __future__ import annotations

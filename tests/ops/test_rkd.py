@@ -164,9 +164,13 @@ def test_any_scale_and_offset(name, n, d, exponents, twins, seed):
     truth = value_and_gradient(getattr(kdfast.reference, name), student.double(), teacher.double())
     plain = value_and_gradient(getattr(kdfast.reference, name), student, teacher)
     fast = value_and_gradient(getattr(kdfast, name), student, teacher)
-    for a, b, c in zip(fast, plain, truth, strict=True):
+    # A row's gradient is the mean of N^2 terms of up to 1 / distance, which may cancel to exactly 0.
+    apart = torch.pdist(student.double())
+    terms = 1 / (n * float(apart[apart > 0].min())) if bool((apart > 0).any()) else 0.0
+    for a, b, c, size in zip(fast, plain, truth, (0.0, terms), strict=True):
         own = (b - c).abs().max()
-        assert (a - c).abs().max() <= 4 * own + 1e-5 * max(float(c.abs().max()), 1e-3)
+        rounding = torch.finfo(torch.float32).eps * size
+        assert (a - c).abs().max() <= 4 * own + 1e-5 * max(float(c.abs().max()), 1e-3) + rounding
 
 
 def test_identical_sides_lose_exactly_nothing():
