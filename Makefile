@@ -5,7 +5,7 @@ GPU_PYTHON ?= $(PYTHON)
 STAGES ?=
 VENV ?= .venv
 BIN = $(VENV)/bin
-CPU_TESTS = kl features relation rkd rkd_sequence graph stream pool
+CPU_TESTS = kl features relation rkd rkd_sequence graph stream pool nodes
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test test-long sanitize gpu resources style clean
