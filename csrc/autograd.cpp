@@ -1,7 +1,7 @@
 // The autograd node of losses on CPU tensors, whose ops have made the gradient by the time the loss is there. On short rows
 // a node in Python takes as long as the arithmetic. kdfast/ops/autograd.py is what this does, and does it where this is not:
 // nodes are not in PyTorch's stable ABI, so they are a binary of their own, for the PyTorch it was built with.
-#include <Python.h>
+#include "module.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -73,11 +73,4 @@ TORCH_LIBRARY_IMPL(kdfast, AutogradCPU, m) {
     m.impl(loss, torch::CppFunction::makeFromBoxedFunction<&kdfast::differentiable>());
 }
 
-#define KDFAST_JOIN(a, b) a##b
-#define KDFAST_INIT(name) KDFAST_JOIN(PyInit_, name)
-
-// Importing the module runs the registrations above; the module itself is empty.
-PyMODINIT_FUNC KDFAST_INIT(TORCH_EXTENSION_NAME)() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
+KDFAST_EMPTY_MODULE()

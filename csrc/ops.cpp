@@ -1,5 +1,5 @@
 // What Python needs to know about the build. Kernels are in cpu/ and cuda/.
-#include <Python.h>
+#include "module.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,8 +36,4 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CompositeExplicitAutograd, m) {
   m.impl("empty_cache", TORCH_BOX(&kdfast::empty_pool));
 }
 
-// `import kdfast._C` runs the registrations above; the module itself is empty.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
+KDFAST_EMPTY_MODULE()
