@@ -99,7 +99,6 @@ def _kl_kernel(
         present = kept & (columns < classes)  # a row that does not count is not read
     else:
         columns = tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
-        present = columns < classes
         if tl.max(keep.to(tl.int32), axis=0) == 0:
             tl.store(loss_ptr + row, tl.zeros([1], tl.float32))
             if grad_ptr is not None:
@@ -130,7 +129,7 @@ def _kl_kernel(
     deviation = tl.zeros([R], tl.float32)
     if KIND == STANDARDIZED:
         mean, squares_s, squares_t = _moments(
-            student, teacher, columns, present, keep, pivot_s, pivot_t, classes, ONE_TILE, A, B
+            student, teacher, columns, keep, pivot_s, pivot_t, classes, ONE_TILE, A, B
         )
         degrees = tl.maximum(classes - 1, 1).to(tl.float32)
         deviation = tl.sqrt_rn(squares_s / degrees)
@@ -481,7 +480,7 @@ def _cross_entropy(
 
 @triton.jit
 def _moments(
-    student, teacher, columns, present, keep, pivot_s, pivot_t, classes,
+    student, teacher, columns, keep, pivot_s, pivot_t, classes,
     ONE_TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The student's mean, relative to its pivot, and the sums of squares around both sides' means."""
@@ -491,6 +490,7 @@ def _moments(
     squares_s = tl.zeros([A], tl.float32)
     squares_t = tl.zeros([A], tl.float32)
     if ONE_TILE:
+        present = keep[:, None] & (columns < classes)
         s = _read(student, columns, present, pivot_s, 1.0, STANDARDIZED, "evict_last")
         t = _read(teacher, columns, present, pivot_t, 1.0, STANDARDIZED, "evict_last")
         count, mean_s, squares_s, mean_t, squares_t = _with_moments(
