@@ -183,7 +183,7 @@ def interleaved(
         if once < SLOW_SECONDS:  # else the first call has said enough
             once = seconds(run, 1, flush, cuda)
         calls[name] = max(1, round(SAMPLE_SECONDS / once))
-        if calls[name] > 1:  # one call alone takes up to three times as long as one of many
+        if calls[name] > 1:  # one call alone takes longer than one of many
             calls[name] = max(1, round(SAMPLE_SECONDS / seconds(run, calls[name], flush, cuda)))
         if once >= SLOW_SECONDS:
             slow.add(name)

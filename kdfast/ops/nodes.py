@@ -1,6 +1,6 @@
 """Autograd nodes in C++ (csrc/autograd.cpp), which losses on CPU tensors have where they were built with this PyTorch.
 
-They are what the classes in kdfast/ops/autograd.py are, in a third of the time: the same bits, so nobody has to know.
+They are what the classes in kdfast/ops/autograd.py are, in less time: the same bits, so nobody has to know.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import kdfast
 from kdfast import backends
 from kdfast.ops import nodes
 from samples import SAMPLES
-from support import DTYPES, cast, is_differentiable, sample_inputs
+from support import DTYPES, cast, is_differentiable, run, sample_inputs
 
 pytestmark = pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
 
@@ -59,29 +60,41 @@ def test_a_loss_gets_the_node_that_a_test_asks_for(written_in):
     assert language(kdfast.kl_divergence(*logits())) == written_in
 
 
-def both_ways(name: str, dtype: torch.dtype, seed: int, factor: float) -> list[Tensor]:
-    """The loss, and its gradients for grad_output ``factor`` from a graph kept and freed."""
+def arguments_of(name: str, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+    """A sample of ``name`` whose loss is one number."""
     inputs, options = sample_inputs(name, seed, SAMPLES[name].leading[0], max(SAMPLES[name].widths))
-    arguments = cast({**inputs, **options}, dtype)
-    leaves = [value for key, value in arguments.items() if is_differentiable(key, value)]
-    loss = getattr(kdfast, name)(**arguments)
-    upstream = torch.full_like(loss, factor)
-    kept = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
-    # One value a row needs a kernel in backward, and float16 the kernels of rows: those nodes are in Python alone.
-    expected = "Python" if loss.dim() > 0 or (dtype == torch.float16 and name in OF_ROWS) else "C++"
-    assert language(loss) == ("Python" if nodes.problem() else expected)
-    return [loss.detach(), *kept, *torch.autograd.grad(loss, leaves, upstream)]
+    if options.get("reduction") == "none":
+        options["reduction"] = "sum"
+    return cast({**inputs, **options}, dtype)
+
+
+def value_and_gradients(name: str, dtype: torch.dtype, seed: int, factor: float, expected: str) -> list[Tensor]:
+    """For grad_output ``factor``, of a graph kept and freed, by a node in the ``expected`` language."""
+
+    def loss(**arguments: Any) -> Tensor:
+        value = getattr(kdfast, name)(**arguments)
+        assert language(value) == expected
+        return value
+
+    value, gradients = run(loss, arguments_of(name, dtype, seed), torch.tensor(factor))
+    return [value, *gradients.values()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_bits_do_not_depend_on_the_language(monkeypatch, name, dtype):
     cases = list(itertools.product(range(6), (1.0, -2.5, 0.0)))
-    in_cpp = [both_ways(name, dtype, *case) for case in cases]
+    # Rows of float16 need their kernel again in backward, and those nodes are in Python alone.
+    expected = "Python" if dtype == torch.float16 and name in OF_ROWS else "C++"
+    in_cpp = [value_and_gradients(name, dtype, *case, expected) for case in cases]
     monkeypatch.setattr(nodes, "_missing", "left out")
     for found, case in zip(in_cpp, cases, strict=True):
-        for one, other in zip(found, both_ways(name, dtype, *case), strict=True):
+        for one, other in zip(found, value_and_gradients(name, dtype, *case, "Python"), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_value_a_row_has_its_node_in_python():
+    assert language(kdfast.kl_divergence(*logits(), reduction="none")) == "Python"
 
 
 def test_the_graph_is_freed_by_a_backward_and_kept_where_asked(written_in):
@@ -97,8 +110,7 @@ def test_the_graph_is_freed_by_a_backward_and_kept_where_asked(written_in):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_alone_is_kept_and_handed_over(written_in, name):
-    inputs, options = sample_inputs(name, 0, SAMPLES[name].leading[0], max(SAMPLES[name].widths))
-    arguments = cast({**inputs, **options, **{key: "sum" for key in options if key == "reduction"}}, torch.float32)
+    arguments = arguments_of(name, torch.float32)
     (student,) = (value for key, value in arguments.items() if is_differentiable(key, value))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.data_ptr(), x.grad_fn)) or x, lambda x: x):
