@@ -42,8 +42,10 @@ def kl_divergence(
         mask: bool (...), the rows to count. The others are not read, and get loss 0 and gradient 0.
         row_weight: float (...), multiplies the row's loss. Does not change what the means divide by. No gradient.
         scale_by_temperature: multiply by T^2, which keeps the size of the gradient independent of T.
-        inplace_backward: the gradient overwrites the storage of ``student_logits``: saves a tensor of its size. Takes
-            contiguous logits, not float16; a second backward raises RuntimeError.
+        inplace_backward: **this call**, not only its backward, overwrites ``student_logits`` with their gradient, which
+            saves a tensor of their size: compute all else that needs the logits before it. What autograd records of
+            them afterwards raises RuntimeError in backward (unless they are a leaf or a view, or under
+            ``torch.compile``), as does a second backward. Takes contiguous logits, not float16.
 
     Returns:
         float32 for half types, else the dtype of the input: a scalar, or (...) for ``reduction='none'``.
@@ -116,8 +118,10 @@ def js_divergence(
             divided by their number; ``'mean'``: that divided by V as well. No row left: 0.
         mask: bool (...), the rows to count. The others are not read, and get loss 0 and gradient 0.
         row_weight: float (...), multiplies the row's loss. Does not change what the means divide by. No gradient.
-        inplace_backward: the gradient overwrites the storage of ``student_logits``: saves a tensor of its size. Takes
-            contiguous logits, not float16; a second backward raises RuntimeError.
+        inplace_backward: **this call**, not only its backward, overwrites ``student_logits`` with their gradient, which
+            saves a tensor of their size: compute all else that needs the logits before it. What autograd records of
+            them afterwards raises RuntimeError in backward (unless they are a leaf or a view, or under
+            ``torch.compile``), as does a second backward. Takes contiguous logits, not float16.
 
     Returns:
         float32 for half types, else the dtype of the input: a scalar, or (...) for ``reduction='none'``.
@@ -181,8 +185,10 @@ def kd_loss(
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         reduction: ``'none'``: one value a row, shape (...); ``'sum'``; ``'batchmean'``: sum divided by the number of
             rows that count; no row left: 0. ``'mean'`` is refused: it would divide the two terms differently.
-        inplace_backward: the gradient overwrites the storage of ``student_logits``: saves a tensor of its size. Takes
-            contiguous logits, not float16; a second backward raises RuntimeError.
+        inplace_backward: **this call**, not only its backward, overwrites ``student_logits`` with their gradient, which
+            saves a tensor of their size: compute all else that needs the logits before it. What autograd records of
+            them afterwards raises RuntimeError in backward (unless they are a leaf or a view, or under
+            ``torch.compile``), as does a second backward. Takes contiguous logits, not float16.
 
     Returns:
         float32 for half types, else the dtype of the input: a scalar, or (...) for ``reduction='none'``.

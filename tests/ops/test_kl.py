@@ -488,6 +488,33 @@ def test_inplace_backward_tells_whoever_else_saved_the_logits():
         (loss + other).backward()
 
 
+@pytest.mark.parametrize("later", [lambda x, t: x.sum(), kdfast.js_divergence], ids=["PyTorch", "kdfast"])
+def test_inplace_backward_tells_whoever_uses_the_logits_afterwards(later):
+    base, teacher = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
+    logits = base * 1.0
+    loss = kdfast.kl_divergence(logits, teacher, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="compute everything else from the logits before"):
+        (loss + later(logits, teacher)).backward()
+    with pytest.raises(RuntimeError, match="compute everything else from the logits before"):
+        later(logits, teacher).backward()
+
+
+def test_inplace_backward_of_logits_that_are_looked_at():
+    base, teacher = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
+    (expected,) = torch.autograd.grad(kdfast.kl_divergence(base, teacher), base)
+    retained, hooked, viewed, leaf = base * 1.0, base * 1.0, (base * 1.0).view(2, 1, 5), base.detach().requires_grad_()
+    retained.retain_grad()
+    seen = []
+    hooked.register_hook(seen.append)
+    for logits in (retained, hooked, viewed, leaf):
+        loss = kdfast.kl_divergence(logits, teacher.view(logits.shape), inplace_backward=True)
+        logits.detach().argmax()  # nothing that autograd records
+        loss.backward()
+    for grad in (retained.grad, seen[0], leaf.grad):
+        torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(base.grad, 3 * expected)  # a leaf of its own is not behind it
+
+
 @pytest.mark.parametrize("name", ["kl_divergence", "js_divergence", "kd_loss"])
 def test_inplace_backward_refuses_a_teacher_it_would_overwrite(name):
     base = torch.randn(5, 7, requires_grad=True)

@@ -74,26 +74,44 @@ def _kl_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
     return loss_like(student, arguments[-1])
 
 
-class _KLInplace(torch.autograd.Function):
-    @staticmethod
-    def keeps_gradient(student: Tensor, options: Any) -> bool:
-        """Not beside the student, as the nodes in C++ do."""
+def _follows_writes(tensor: Tensor) -> bool:
+    """Whether autograd can record that a function with another result too has overwritten ``tensor``.
+
+    A leaf's gradient is its own, the base of a view has other parts, what retains its gradient would get that of a
+    later use, and tracers do not know ``mark_dirty``.
+    """
+    if torch.compiler.is_compiling():
         return False
+    return not (tensor.is_leaf or tensor._is_view() or tensor.retains_grad)
+
+
+class _KLInplace(torch.autograd.Function):
+    """The loss and, where autograd can follow it, the student as what forward has made of it: no logits any more."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, student: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         op, options, tensors = call
-        if not ctx.needs_input_grad[0]:
-            return torch.ops.kdfast.kl.default(student, *tensors, *options, False)[0]
         loss = op(student.detach(), *tensors, *options)
-        if not torch.compiler.is_compiling():  # a traced write bumps the version by itself
-            torch.autograd.graph.increment_version(student)  # whoever else saved the logits for backward will be told
+        # Whoever saved the logits before is told in backward, by their version; whoever uses them later by this node.
+        followed = _follows_writes(student)
+        if followed:
+            ctx.mark_dirty(student)  # bumps the version, as a traced write does
+        elif not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student)
+        ctx.set_materialize_grads(False)
         ctx.spent = False
-        return loss
+        return loss, student if followed else None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor | None, later_use: Tensor | None) -> tuple[Tensor | None, None]:
+        if later_use is not None:
+            raise RuntimeError(
+                "student_logits were used after inplace_backward=True had overwritten them with their gradient: compute "
+                "everything else from the logits before, or set inplace_backward=False"
+            )
+        if grad_output is None:
+            return None, None
         if ctx.spent:
             raise RuntimeError(
                 "inplace_backward=True keeps one gradient, in the storage of student_logits, and it has been used: "
@@ -121,6 +139,8 @@ def kl(
     labels = None if labels is None else labels.contiguous()
     mask = None if mask is None else mask.contiguous()
     row_weight = None if row_weight is None else row_weight.detach().double().contiguous()
-    ops = torch.ops.kdfast
-    function, op = (_KLInplace, ops.kl_.default) if inplace_backward else (RowLoss, ops.kl.default)
-    return apply(function, student_logits, op, options, teacher_logits, labels, mask, row_weight)
+    tensors = (teacher_logits, labels, mask, row_weight)
+    if inplace_backward and torch.is_grad_enabled() and student_logits.requires_grad:
+        loss: Tensor = _KLInplace.apply(student_logits, (torch.ops.kdfast.kl_.default, options, tensors))[0]
+        return loss
+    return apply(RowLoss, student_logits, torch.ops.kdfast.kl.default, options, *tensors)
