@@ -38,7 +38,8 @@ def section(op: str, results: Path) -> str:
 def device_section(op: str, device: str, results: Path) -> str:
     found = newest(op, device, results)
     if found is None:
-        elsewhere = " as a whole: [docs/gpu.md](docs/gpu.md) has what was" if device == "cuda" else ""
+        alone = device == "cuda" and newest(f"{op}-kernels", device, results) is not None
+        elsewhere = " as a whole; its kernels alone: [docs/gpu.md](docs/gpu.md)" if alone else ""
         return f"**{DEVICES[device]}**: not yet measured{elsewhere}.\n"
     path, result = found
     return (

@@ -1,6 +1,7 @@
 """Knowledge-distillation losses for PyTorch as fused kernels, each with a plain-PyTorch reference."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from kdfast import backends, functional, losses, metrics, reference
 from kdfast.backends import empty_cache
@@ -33,6 +34,11 @@ from kdfast.functional.relations import (
     similarity_graph,
     similarity_preserving_loss,
 )
+
+if TYPE_CHECKING:
+    from kdfast import store as store
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CRDLoss",

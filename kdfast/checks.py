@@ -46,7 +46,8 @@ def check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: T
     check_tensor(teacher_name, teacher)
     if student.dtype != teacher.dtype:
         raise TypeError(
-            f"{student_name} and {teacher_name} must have the same dtype, got {student.dtype} and {teacher.dtype}"
+            f"{student_name} and {teacher_name} must have the same dtype, got {student.dtype} and {teacher.dtype}: "
+            f"cast one of them, for example {teacher_name}.to({student_name}.dtype)"
         )
     check_same_device(teacher_name, teacher, student_name, student)
 
@@ -64,7 +65,8 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_shape[:-1] == teacher_shape[:-1]:
         raise ValueError(
             f"student_logits has {student_shape[-1]} classes but teacher_logits has {teacher_shape[-1]}: slice "
-            "both to the classes they share (logits[..., :V]), or pad the smaller one with float('-inf')"
+            "both to the classes they share (logits[..., :V]); padding with float('-inf') makes forward KL infinite on "
+            "the student's side, reverse KL on the teacher's"
         )
     raise ValueError(
         f"student_logits and teacher_logits must have the same shape, got {tuple(student_shape)} "
@@ -204,7 +206,7 @@ def check_mask(mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
     """``mask`` is None or a bool tensor of ``shape`` on the device of ``like``."""
     if mask is None:
         return
-    check_tensor("mask", mask, (torch.bool,))
+    _check_bool_mask(mask)
     _check_shape("mask", mask, shape)
     check_same_device("mask", mask, "the student", like)
 
@@ -213,12 +215,20 @@ def check_feature_mask(mask: Tensor | None, like: Tensor) -> None:
     """``mask`` is None or a bool tensor, one value a row of ``like`` or one an element, on its device."""
     if mask is None:
         return
-    check_tensor("mask", mask, (torch.bool,))
+    _check_bool_mask(mask)
     if mask.shape not in (like.shape, like.shape[:1]):
+        leading = mask.shape == like.shape[: mask.dim()]
         raise ValueError(
             f"mask must have shape {_one_of([tuple(like.shape[:1]), tuple(like.shape)])}, got {tuple(mask.shape)}"
+            + (": flatten the leading dimensions of features and mask into one" if leading else "")
         )
     check_same_device("mask", mask, "the student", like)
+
+
+def _check_bool_mask(mask: Tensor) -> None:
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise TypeError(f"mask must have dtype torch.bool, got {mask.dtype}: mask.bool() counts what is not 0")
+    check_tensor("mask", mask, (torch.bool,))
 
 
 def check_row_weight(row_weight: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
@@ -242,7 +252,7 @@ def check_labels(
     """``labels`` is an int64 tensor of ``shape``; on the CPU its values are checked against ``num_classes`` too.
 
     On a GPU reading the values would wait for the device, and under ``torch.compile`` they are not known:
-    there a label out of range is a device-side assertion in the reference and undefined in the kernels.
+    there a label out of range is a device-side assertion in the reference, and the kernels make its row NaN.
     """
     check_tensor("labels", labels, (torch.int64,))
     _check_shape("labels", labels, shape)
@@ -255,7 +265,8 @@ def check_labels(
     if bool(out_of_range.any()):
         bad = labels[out_of_range][0].item()
         also = "" if ignore_index is None else f", or be ignore_index={ignore_index}"
-        raise ValueError(f"labels must lie in [0, {num_classes}){also}, got {bad}")
+        advice = ": this loss ignores no label, select the rows that count first" if ignore_index is None else ""
+        raise ValueError(f"labels must lie in [0, {num_classes}){also}, got {bad}{advice}")
 
 
 def check_ignore_index(ignore_index: int) -> None:
@@ -278,10 +289,20 @@ def check_count(name: str, value: int, lower: int) -> None:
         raise ValueError(f"{name} must be at least {lower}, got {value}")
 
 
+LARGEST_LOGPROB = 0.5  # log-probabilities that were rounded to bfloat16 can be above 0, but not by this much
+
+
 def check_sparse_teacher(
-    student_logits: Tensor, teacher_values: Tensor, teacher_indices: Tensor, mask: Tensor | None, padding_index: int
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    mask: Tensor | None,
+    padding_index: int,
+    *,
+    logprobs: bool,
 ) -> None:
-    """A stored teacher (…, k) and the mask (…) fit the student's (…, V); no class out of range or twice, on the CPU.
+    """A stored teacher (…, k) and the mask (…) fit the student's (…, V); on the CPU also what it holds: no class out of
+    range or twice, and no logits where it says ``logprobs``.
 
     Entries with ``padding_index`` or value -inf, and rows ``mask`` drops, may hold anything.
     """
@@ -308,6 +329,13 @@ def check_sparse_teacher(
     if bool(out_of_range.any()):
         bad = teacher_indices[out_of_range][0].item()
         raise ValueError(f"teacher_indices must lie in [0, {num_classes}), or be {padding_index} (padding), got {bad}")
+    if logprobs:
+        too_large = listed & (teacher_values > LARGEST_LOGPROB)
+        if bool(too_large.any()):
+            raise ValueError(
+                "teacher_values must be log-probabilities, at most 0, for values='logprobs', got "
+                f"{teacher_values[too_large][0].item()}"
+            )
     ordered = teacher_indices.masked_fill(~listed, -1).sort(dim=-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(twice.any()):

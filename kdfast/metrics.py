@@ -21,7 +21,7 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     .. math:: \frac{\|X_c^\top Y_c\|_F^2}{\|X_c^\top X_c\|_F \, \|Y_c^\top Y_c\|_F}, \qquad X_c = X - \text{mean row.}
 
     Rotating, scaling or shifting either side changes nothing. Features wider than N make unrelated sides look alike
-    (with N <= 2 every pair gives 1), so measure on many more samples than features.
+    (with N = 2 all pairs give 1), so measure on many more samples than features.
 
     Args:
         x: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64.
@@ -47,7 +47,7 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
 def accuracy_transfer_ratio(student: float, baseline: float, teacher: float) -> float:
     """The share of the gap between teacher and baseline that distillation closed: ``(s - b) / (t - b)``.
 
-    0 is no gain over the baseline, 1 is the teacher's level; both can be passed in either direction.
+    0 is no gain over the baseline, 1 is the teacher's level; values below 0 and above 1 are possible.
 
     Args:
         student: metric of the distilled student. Any metric will do, in one unit for all three.

@@ -341,7 +341,7 @@ def test_the_readme_is_rewritten_between_the_markers_alone_and_checked(tmp_path,
     assert readme_tables.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks:kl -->\n**CPU**: not yet measured.\n")
-    assert "**GPU**: not yet measured as a whole" in text
+    assert "**GPU**: not yet measured.\n" in text
     assert text.endswith("<!-- /benchmarks:kl -->\nafter\n")
     assert readme_tables.main([*arguments, "--check"]) == 0
 
@@ -356,8 +356,13 @@ def test_the_readme_is_rewritten_between_the_markers_alone_and_checked(tmp_path,
     assert EXPECTED in text
     assert "A processor, 2 threads, avx2; torch 2.13.0; 2026-01-02, commit abc1234" in text
     assert "[cpu-2core-avx2-kl.json](benchmarks/results/cpu-2core-avx2-kl.json)" in text
-    assert "**GPU**: not yet measured as a whole" in text
+    assert "**GPU**: not yet measured.\n" in text
     assert readme_tables.main([*arguments, "--check"]) == 0
+
+    newer["environment"]["device"] = "cuda"
+    (results / "a-gpu-kl-kernels.json").write_text(json.dumps(newer))
+    assert readme_tables.main(arguments) == 0
+    assert "**GPU**: not yet measured as a whole; its kernels alone: [docs/gpu.md]" in readme.read_text()
 
 
 def test_the_readme_shows_the_newest_results():

@@ -105,7 +105,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
         TypeError: an argument is not a tensor of a floating dtype, or the dtypes differ.
         ValueError: numbers of rows or devices differ, fewer than 2 dimensions, ``eps`` not finite or not above 0.
 
-    Differs from torchdistill's ``PKTLoss`` at zero rows alone, where that one's gradient is NaN.
+    Differs from torchdistill's ``PKTLoss`` only at zero rows, where that one's gradient is NaN.
 
     Source: Passalis, Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer",
     https://arxiv.org/abs/1803.10837.

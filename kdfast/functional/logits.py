@@ -195,9 +195,9 @@ def kd_loss(
 
     Raises:
         TypeError: an argument is not a tensor of the right dtype, or the dtypes of the logits differ.
-        ValueError: shapes or devices differ, no class, a label out of range (found on the CPU only; elsewhere it would
-            wait for the device), ``temperature`` not finite or not above 0, ``alpha`` or ``label_smoothing`` outside
-            [0, 1], unknown option, ``reduction='mean'``.
+        ValueError: shapes or devices differ, no class, a label out of range (found on the CPU only; on a GPU its row is
+            NaN), ``temperature`` not finite or not above 0, ``alpha`` or ``label_smoothing`` outside [0, 1], unknown
+            option, ``reduction='mean'``.
 
     Differs from torchdistill's ``KDLoss``, whose alpha weighs the cross-entropy: ``KDLoss(alpha=a)`` is
     ``kd_loss(alpha=1 - a)``. There, rows with an ignored label still count in the divergence.
@@ -278,8 +278,9 @@ def dkd_loss(
 
     Raises:
         TypeError: an argument is not a tensor of the right dtype, or the dtypes of the logits differ.
-        ValueError: shapes or devices differ, fewer than 2 classes, a label out of range (found on the CPU only),
-            ``temperature`` not finite or not above 0, ``alpha`` or ``beta`` negative or not finite.
+        ValueError: shapes or devices differ, fewer than 2 classes, a label out of range (found on the CPU only; on a
+            GPU its row is NaN), ``temperature`` not finite or not above 0, ``alpha`` or ``beta`` negative or not
+            finite.
 
     Differs from the authors' implementation in how it is computed, not in what: there the target's logit is lowered by
     1000 and logarithms of the probabilities are taken, which breaks down for large gaps; here the target is removed
@@ -437,7 +438,8 @@ def topk_kl_divergence(
             of -inf is padding, whatever its index.
         teacher_indices: int32 or int64 (..., k), classes in [0, V), none twice in a row. An entry of -100 is padding,
             whatever its value. A row of padding alone gives 0 and gradient 0, and counts unless ``mask`` drops it.
-        values: ``'logits'`` or ``'logprobs'``: what ``teacher_values`` holds.
+        values: ``'logits'`` or ``'logprobs'``: what ``teacher_values`` holds. Log-probabilities taken for logits are no
+            error, but lose what they say of the rest: a stored teacher knows (``reader.values``).
         temperature: T > 0, in units of logits; 1 for ``'logprobs'`` unless ``tail='renormalize'``.
         tail: ``'drop'``, ``'bucket'`` or ``'renormalize'``.
         reduction: ``'none'``: one value a row, shape (...); ``'sum'``; ``'batchmean'``: sum over the rows that count
@@ -449,16 +451,19 @@ def topk_kl_divergence(
 
     Raises:
         TypeError: an argument is not a tensor of the right dtype.
-        ValueError: shapes or devices do not fit, k out of range, an index out of range or twice in a row (both found on
-            the CPU only; elsewhere it would wait for the device), ``temperature`` not finite, not above 0 or not
-            usable with ``values`` and ``tail``, unknown option.
+        ValueError: shapes or devices do not fit, k out of range, an index out of range or twice in a row,
+            ``'logprobs'`` above 0 by more than rounding (all three found on the CPU only; elsewhere it would wait for
+            the device), ``temperature`` not finite, not above 0 or not usable with ``values`` and ``tail``, unknown
+            option.
 
     Source: sparse teachers and what dropping the tail does: Anshumann et al. 2025, "Sparse Logit Sampling:
     Accelerating Knowledge Distillation in LLMs", https://arxiv.org/abs/2503.16870.
     """
     checks.check_topk_options(values, temperature, tail)
     checks.check_reduction(reduction)
-    checks.check_sparse_teacher(student_logits, teacher_values, teacher_indices, mask, reference.PADDING_INDEX)
+    checks.check_sparse_teacher(
+        student_logits, teacher_values, teacher_indices, mask, reference.PADDING_INDEX, logprobs=values == "logprobs"
+    )
     if not backends.has_kernel("topk_kl", student_logits):
         return reference.topk_kl_divergence(
             student_logits,
@@ -494,6 +499,9 @@ def linear_kl_divergence(
     row_weight: Tensor | None = None,
 ) -> Tensor:
     r"""Divergence of the logits that two last layers would form, without asking the caller to form them.
+
+    **There is no kernel yet**: this is the plain reference, which forms all logits and takes more time and memory than
+    :func:`torch.nn.functional.linear` twice and :func:`kl_divergence`.
 
     With :math:`z = h W^\top + b` for student and teacher, D one of :func:`kl_divergence` (with its T^2, forward or
     reverse) and :func:`js_divergence` (without), a row gives D(z^s, z^t); with ``labels`` it gives

@@ -95,7 +95,7 @@ def rkd_distance_loss(
 
     Coincident rows are at distance 0, and their pair passes gradient 0. If all rows coincide, all distances stay 0.
 
-    Differs from the authors' code and torchdistill's ``RKDLoss`` for near and coincident rows alone. Those take squared
+    Differs from the authors' code and torchdistill's ``RKDLoss`` only for near and coincident rows. Those take squared
     distances from inner products, where the digits of near rows cancel, and clamp them to at least 1e-12, so that
     coincident rows are at distance 1e-6 or at whatever rounding left; rows that all coincide are then at equal relative
     distances of 1. A single row gives NaN there.
@@ -130,9 +130,11 @@ def rkd_angle_loss(
     Args:
         student: (N, …), flattened to (N, D), float16, bfloat16, float32 or float64. Gets the only gradient.
         teacher: (N, …), same N, dtype and device; its width may differ.
-        triplets: ``'all'``, or a number M < N of apexes j drawn at random, without one twice: the mean (or N / M times
-            the sum) over the triplets at those. Unbiased, and N / M times cheaper, for N in the tens of thousands.
-        generator: what the apexes are drawn from, on the device of ``student``; None: PyTorch's default.
+        triplets: ``'all'``, or a number M of apexes j to draw at random without replacement (N or more: all): the mean
+            (or N / M times the sum) over the triplets at those. Unbiased, and N / M times cheaper, for N in the tens of
+            thousands.
+        generator: what the apexes are drawn from, on the device of ``student``; None: PyTorch's default, the only one
+            that ``torch.compile`` can trace.
         mask: bool (N,), the rows to count: N is their number then. The others are not read and get gradient 0.
         row_weight: float (N,), w: a triplet counts :math:`w_i w_j w_k` times. Does not change what the means
             divide by. No gradient.
@@ -151,7 +153,7 @@ def rkd_angle_loss(
 
     Two coincident rows have no direction between them: its cosines are 0 and pass gradient 0.
 
-    Differs from the authors' code and torchdistill's ``RKDLoss`` in the gradient of coincident rows alone: theirs is
+    Differs from the authors' code and torchdistill's ``RKDLoss`` only in the gradient of coincident rows: theirs is
     multiplied by 1e12, the inverse of the smallest norm that PyTorch's ``normalize`` divides by.
 
     Source: Park et al. 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068.
@@ -195,9 +197,11 @@ def rkd_loss(
         teacher: (N, …), same N, dtype and device; its width may differ.
         distance_weight: >= 0, :math:`\lambda_D`. A term of weight 0 is left out.
         angle_weight: >= 0, :math:`\lambda_A`.
-        triplets: ``'all'``, or a number M < N of apexes j drawn at random, without one twice: the mean (or N / M times
-            the sum) over the triplets at those. Unbiased, and N / M times cheaper, for N in the tens of thousands.
-        generator: what the apexes are drawn from, on the device of ``student``; None: PyTorch's default.
+        triplets: ``'all'``, or a number M of apexes j to draw at random without replacement (N or more: all): the mean
+            (or N / M times the sum) over the triplets at those. Unbiased, and N / M times cheaper, for N in the tens of
+            thousands.
+        generator: what the apexes are drawn from, on the device of ``student``; None: PyTorch's default, the only one
+            that ``torch.compile`` can trace.
         mask: bool (N,), the rows to count: N is their number then. The others are not read and get gradient 0.
         row_weight: float (N,), w: a pair counts :math:`w_i w_j` times, a triplet :math:`w_i w_j w_k` times. Does not
             change what the means divide by. No gradient.
@@ -212,7 +216,7 @@ def rkd_loss(
         ValueError: numbers of rows, shapes or devices differ, fewer than 2 dimensions, a weight negative or not finite,
             ``triplets`` below 1, unknown option.
 
-    Differs from the authors' code and torchdistill's ``RKDLoss`` for near and coincident rows alone; the two terms say
+    Differs from the authors' code and torchdistill's ``RKDLoss`` only for near and coincident rows; the two terms say
     how.
 
     Source: Park et al. 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068.
@@ -268,7 +272,7 @@ def rkd_sequence_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
 
     A step of length 0 has no direction: its angle is :math:`\pi/2` and passes gradient 0.
 
-    Differs from an arccosine of the cosine in accuracy alone: that one has infinite gradients for straight runs, and in
+    Differs from an arccosine of the cosine only in accuracy: that one has infinite gradients for straight runs, and in
     float32 no digits below 3e-4 radians.
 
     Source: the angles of Park et al. 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068,
@@ -306,7 +310,8 @@ def crd_loss(
         temperature: :math:`\tau > 0`, in units of inner products.
         alignment_weight: :math:`\lambda \ge 0`.
         normalize: divide rows by their L2 norm (at least 1e-12) first, so that s and t are cosines over
-            :math:`\tau`. A zero row stays 0 and gets gradient 0.
+            :math:`\tau`. A zero row stays 0 and gets gradient 0. **Without it** both terms grow with the size of the
+            features, the second with its fourth power: set it for features that are not of unit length already.
 
     Returns:
         Scalar, float32 for half types, else the dtype of the input. No rows: 0.
@@ -317,7 +322,8 @@ def crd_loss(
             ``temperature`` not finite or not above 0, ``alignment_weight`` negative or not finite.
 
     Differs from code that takes the logarithm of a sigmoid, which is -inf below -89 in float32 (an inner product of
-    -8.9 at the default temperature); this is finite at any size. The paper's loss, :class:`CRDLoss`, knows no labels:
+    -8.9 at the default temperature); this is finite at any size. The paper's loss, :class:`CRDLoss`, is another one and
+    knows no labels (the module of this one is :class:`kdfast.losses.InBatchCRDLoss`):
     its positive pair is a sample and itself, its negatives come from a memory of all samples.
 
     Source: after Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation",

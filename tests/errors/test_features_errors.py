@@ -47,6 +47,12 @@ ERRORS = [
         r"mask must have shape \(4,\) or \(4, 3\), got \(3,\)",
     ),
     (
+        "mse: mask of tokens",
+        lambda: feature_mse_loss(x[None], x[None], mask=torch.ones(1, 4, dtype=torch.bool)),
+        ValueError,
+        r"\(1,\) or \(1, 4, 3\), got \(1, 4\): flatten the leading dimensions of features and mask",
+    ),
+    (
         "mse: mask on another device",
         lambda: feature_mse_loss(x, x, mask=torch.ones(4, dtype=torch.bool, device="meta")),
         ValueError,

@@ -77,7 +77,7 @@ def add(
 add(DENSE, "not a tensor", TypeError, "student_logits must be a torch.Tensor, got list", student_logits=[[1.0]])
 add(DENSE, "integers", TypeError, "student_logits must have dtype .*got torch.int64", student_logits=logits().long())
 add(DENSE, "integer teacher", TypeError, "teacher_logits must have dtype", teacher_logits=logits().long())
-add(DENSE, "two dtypes", TypeError, "must have the same dtype", teacher_logits=logits(dtype=torch.float64))
+add(DENSE, "two dtypes", TypeError, r"same dtype.*cast one", teacher_logits=logits(dtype=torch.float64))
 add(DENSE, "two devices", ValueError, "teacher_logits is on meta", teacher_logits=logits(device="meta"))
 add(DENSE, "two vocabularies", ValueError, "has 5 classes but .* has 6", teacher_logits=logits(ROWS, 6))
 add(DENSE, "two leading shapes", ValueError, "same shape", teacher_logits=logits(3, V))
@@ -128,6 +128,7 @@ add(MIXED, "mean", ValueError, "got 'mean': it would divide the divergence by th
 # mask and row_weight
 MASKED = (*WITH_ROWS, topk_kl_divergence)
 add(MASKED, "float mask", TypeError, "mask must have dtype torch.bool", mask=torch.ones(ROWS))
+add(MASKED, "int mask", TypeError, r"torch.int64: mask.bool\(\) counts what is not 0", mask=torch.ones(ROWS).long())
 add(MASKED, "mask shape", ValueError, r"mask must have shape \(4,\), got \(4, 5\)", mask=torch.ones(ROWS, V) > 0)
 add(MASKED, "mask device", ValueError, "mask is on meta", mask=torch.ones(ROWS, device="meta") > 0)
 add(WITH_ROWS, "integer row_weight", TypeError, "row_weight must have dtype", row_weight=torch.ones(ROWS).long())
@@ -141,7 +142,13 @@ add(LABELLED, "label shape", ValueError, r"labels must have shape \(4,\), got \(
 add(LABELLED, "label device", ValueError, "labels is on meta", labels=LABELS.to("meta"))
 add(LABELLED, "label too large", ValueError, r"labels must lie in \[0, 5\).*got 5", labels=LABELS + 1)
 add(LABELLED, "negative label", ValueError, r"labels must lie in \[0, 5\).*got -1", labels=LABELS - 1)
-add((dkd_loss,), "ignored label", ValueError, r"labels must lie in \[0, 5\), got -100", labels=LABELS * 0 - 100)
+add(
+    (dkd_loss,),
+    "ignored label",
+    ValueError,
+    r"labels must lie in \[0, 5\), got -100: this loss ignores no label",
+    labels=LABELS * 0 - 100,
+)
 add((dkd_loss,), "no labels", TypeError, "labels must be a torch.Tensor, got NoneType", labels=None)
 add(MIXED, "ignore_index None", TypeError, "ignore_index must be an int, got NoneType", ignore_index=None)
 add(MIXED, "ignore_index float", TypeError, "ignore_index must be an int, got float", ignore_index=-100.0)
@@ -175,6 +182,12 @@ for what, error, match, change in [
     ("index too large", ValueError, r"must lie in \[0, 5\).*got 5", {"teacher_indices": indices() + 3}),
     ("negative index", ValueError, r"or be -100 \(padding\), got -1", {"teacher_indices": indices() - 1}),
     ("class twice", ValueError, "a class twice in a row, got 2", {"teacher_indices": indices(*[[2, 0, 2]] * ROWS)}),
+    (
+        "logits for logprobs",
+        ValueError,
+        "must be log-probabilities, at most 0, for values='logprobs', got 1.0",
+        {"teacher_values": logits(ROWS, K) + 1, "values": "logprobs"},
+    ),
     ("bucket of logits", ValueError, "tail='bucket' needs values='logprobs'", {"tail": "bucket"}),
     (
         "temperature of logprobs",
@@ -226,10 +239,15 @@ def test_the_table_starts_from_arguments_that_are_accepted(function: Callable[..
     assert function(**valid(function)).isfinite()
 
 
-def test_topk_padding_and_masked_rows_may_hold_anything() -> None:
+@pytest.mark.parametrize("kind", ["logits", "logprobs"])
+def test_topk_padding_and_masked_rows_may_hold_anything(kind: str) -> None:
     values, classes = logits(ROWS, K), indices([0, -100, -100], [1, 1, 0], [9, 9, -7], [0, 1, 2])
-    values[1, 0] = -math.inf
-    topk_kl_divergence(logits(), values, classes, mask=torch.tensor([True, True, False, True]))
+    values[0, 1:], values[1, 0], values[2] = 7, -math.inf, 7
+    topk_kl_divergence(logits(), values, classes, values=kind, mask=torch.tensor([True, True, False, True]))
+
+
+def test_log_probabilities_may_be_above_0_by_rounding() -> None:
+    topk_kl_divergence(logits(), logits(ROWS, K) + 0.25, indices(), values="logprobs")
 
 
 def test_two_dtypes_on_a_device_without_autocast_are_an_error_like_elsewhere() -> None:

@@ -107,8 +107,8 @@ class _KLInplace(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, later_use: Tensor | None) -> tuple[Tensor | None, None]:
         if later_use is not None:
             raise RuntimeError(
-                "student_logits were used after inplace_backward=True had overwritten them with their gradient: compute "
-                "everything else from the logits before, or set inplace_backward=False"
+                "student_logits were used after inplace_backward=True had overwritten them with their gradient: "
+                "compute everything else from the logits before, or set inplace_backward=False"
             )
         if grad_output is None:
             return None, None
