@@ -3,6 +3,7 @@
 // nodes are not in PyTorch's stable ABI, so they are a binary of their own, for the PyTorch it was built with.
 #include "module.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -14,15 +15,23 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// What is handed on without being a node's input. Of an input its output would be a view, which nobody could write.
+struct Held {
+  Tensor tensor;
+};
+
+// Between the gradient and all that it depends on, so that the derivative of it by any of that comes by here.
 struct RefuseSecondDerivative : torch::autograd::Function<RefuseSecondDerivative> {
-  static Tensor forward(AutogradContext*, const Tensor& gradient) { return gradient.view_as(gradient); }
+  static Tensor forward(AutogradContext*, const Tensor& student, const Tensor& grad_output, const Held& gradient) {
+    return gradient.tensor;
+  }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false, "kdfast losses can be differentiated once: double backward needs kdfast.backends.use('reference')");
   }
 };
 
-// What an op returns. Behind a struct, so that a node takes neither for an input.
+// What an op returns, likewise.
 struct Result {
   Tensor loss, gradient;
 };
@@ -32,21 +41,27 @@ struct LossBackward : torch::autograd::Function<LossBackward> {
 
   static Tensor forward(AutogradContext* context, const Tensor&, const Result& result) {
     context->save_for_backward({result.gradient});
+    if (at::SavedTensorDefaultHooks::get_hooks()) context->saved_data["packed"] = true;
     return result.loss;
   }
 
-  // What is given away belongs to the caller, who may write it: a retained graph gives a copy.
+  // What is given away belongs to the caller, who may write it: a retained graph gives a copy, and so does what a hook has
+  // packed, as what it unpacks is its own.
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
-    const Tensor saved = context->get_saved_variables().front();
-    const Tensor gradient = scaled(saved, grad_outputs.front());
-    return {at::GradMode::is_enabled() ? RefuseSecondDerivative::apply(gradient.detach().requires_grad_()) : gradient, {}};
+    const Tensor saved = context->get_saved_variables().front(), grad_output = grad_outputs.front();
+    const bool kept = torch::autograd::get_current_graph_task_keep_graph() || !context->saved_data.empty();
+    const Tensor gradient = scaled(saved, grad_output, kept);
+    if (!at::GradMode::is_enabled()) return {gradient, {}};
+    const Tensor student = at::empty({0}, gradient.options());  // in its place in the graph, without its values
+    torch::autograd::impl::set_gradient_edge(student, torch::autograd::get_current_node()->next_edge(0));
+    return {RefuseSecondDerivative::apply(student, grad_output, Held{gradient.detach()}), {}};
   }
 
  private:
-  static Tensor scaled(const Tensor& gradient, const Tensor& factor) {
+  static Tensor scaled(const Tensor& gradient, const Tensor& factor, bool kept) {
     const at::NoGradGuard guard;
     if (at::areAnyTensorSubclassLike({gradient, factor})) return gradient.mul(factor);  // whose values nobody can look at
-    const Tensor mine = torch::autograd::get_current_graph_task_keep_graph() ? gradient.clone() : gradient;
+    const Tensor mine = kept ? gradient.clone() : gradient;
     return factor.item<double>() == 1 ? mine : mine.mul_(factor);
   }
 };

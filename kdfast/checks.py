@@ -261,7 +261,7 @@ def check_labels(
         return
     out_of_range = (labels < 0) | (labels >= num_classes)
     if ignore_index is not None:
-        out_of_range &= labels != ignore_index
+        out_of_range = out_of_range & (labels != ignore_index)  # not in place, which selective checkpoints refuse
     if bool(out_of_range.any()):
         bad = labels[out_of_range][0].item()
         also = "" if ignore_index is None else f", or be ignore_index={ignore_index}"
@@ -278,7 +278,7 @@ def check_ignore_index(ignore_index: int) -> None:
 
 def check_int(name: str, value: int) -> None:
     """``value`` is an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
@@ -324,7 +324,7 @@ def check_sparse_teacher(
         return
     listed = (teacher_indices != padding_index) & (teacher_values != -math.inf)
     if mask is not None:
-        listed &= mask.unsqueeze(-1)
+        listed = listed & mask.unsqueeze(-1)
     out_of_range = listed & ((teacher_indices < 0) | (teacher_indices >= num_classes))
     if bool(out_of_range.any()):
         bad = teacher_indices[out_of_range][0].item()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +256,34 @@ def test_traces_without_a_graph_break(name):
         results.append([value, *(v.grad for k, v in arguments.items() if is_differentiable(k, v))])
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
+
+
+class Scaled(torch.nn.Module):
+    """A function of inputs that a parameter has scaled, which gets the gradient."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+        self.factor = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        scaled = {k: v * self.factor if is_differentiable(k, v) else v for k, v in inputs.items()}
+        return first_output(self.function(**scaled, **self.options))
+
+
+@pytest.mark.parametrize("strict", (False, True))
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_program_has_the_gradient(name, strict):
+    inputs, options = sample_inputs(name, 1, SAMPLES[name].leading[0], 5)
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    module = Scaled(getattr(kdfast, name), options)
+    exported = torch.export.export(module, (), tensors, strict=strict).module()
+    gradients = []
+    for program in (module, exported):
+        value = program(**tensors)
+        (parameter,) = program.parameters()
+        gradients.append(torch.autograd.grad(value.masked_fill(value.isinf(), 0.0).sum(), parameter))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("floor", (kdfast, kdfast.reference), ids=lambda floor: floor.__name__)

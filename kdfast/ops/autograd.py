@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kdfast.ops import nodes
 from kdfast.ops.scale import scale_
@@ -47,8 +48,10 @@ def apply(
         and nodes.differentiate(student)
     ):
         return op(student, *tensors, *options, True)[0]
+    if not recorded and forward_ad._current_level < 0:  # a tangent has to meet the node, which refuses it
+        student = student.detach()
     call: Call = (op, options, tensors)
-    loss: Tensor = function.apply(student if recorded else student.detach(), call)
+    loss: Tensor = function.apply(student, call)[0]
     return loss
 
 
@@ -74,7 +77,10 @@ def saved(ctx: Any) -> list[Any]:
 
 
 class RowLoss(torch.autograd.Function):
-    """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight."""
+    """``op(student, *tensors, *options, needs_grad) -> (loss, grad)``; the last of ``tensors`` is row_weight.
+
+    The results are the loss and what ``keep`` returns.
+    """
 
     @staticmethod
     def keeps_gradient(student: Tensor, options: Any) -> bool:
@@ -82,29 +88,28 @@ class RowLoss(torch.autograd.Function):
         return options.reduction != REDUCTIONS["none"] and student.dtype is not torch.float16
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, student: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         op, options, tensors = call
         needs_grad = ctx.needs_input_grad[0]
         recompute = not RowLoss.keeps_gradient(student, options)
         loss, grad = op(student, *tensors, *options, needs_grad and not recompute)
         ctx.recompute = (op, options) if recompute else None
+        if needs_grad and not recompute:
+            return loss, keep(ctx, grad)
         if needs_grad:
-            if recompute:
-                save(ctx, student, *tensors)
-            else:
-                ctx.save_for_backward(grad)
-        return loss
+            save(ctx, student, *tensors)
+        return loss, None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
         if ctx.recompute is None:
-            return differentiable_once(_scaled(ctx.saved_tensors[0], grad_output)), None
+            return kept(ctx, grad_output), None
         op, options = ctx.recompute
         student, *tensors, row_weight = saved(ctx)
         weight = grad_output.detach().double().expand(student.shape[:-1])
         weight = (weight if row_weight is None else weight * row_weight).contiguous()
         grad = op(student.detach(), *tensors, weight, *options, True)[1]
-        return differentiable_once(grad), None
+        return differentiable_once(grad, student, grad_output), None
 
 
 def scalar_loss_like(student: Tensor) -> Tensor:
@@ -115,7 +120,8 @@ def scalar_loss_like(student: Tensor) -> Tensor:
 class ScalarLoss(torch.autograd.Function):
     """``op(student, *tensors, *options, needs_grad) -> (loss, grad)`` for losses that have no rows to tell apart.
 
-    ``grad`` may be wider than the student, so that float16 is not rounded before grad_output has scaled it.
+    ``grad`` may be wider than the student, so that float16 is not rounded before grad_output has scaled it. Results as
+    in ``RowLoss``.
     """
 
     @staticmethod
@@ -124,38 +130,58 @@ class ScalarLoss(torch.autograd.Function):
         return True
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, student: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         op, options, tensors = call
         needs_grad = ctx.needs_input_grad[0]
         loss, grad = op(student, *tensors, *options, needs_grad)
         ctx.dtype = student.dtype
-        if needs_grad:
-            ctx.save_for_backward(grad)
-        return loss
+        return loss, keep(ctx, grad) if needs_grad else None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        grad = _scaled(ctx.saved_tensors[0], grad_output).to(ctx.dtype)
-        return differentiable_once(grad), None
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+        return kept(ctx, grad_output, ctx.dtype), None
 
 
-def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """``grad * grad_output`` in the dtype of ``grad``, which is given away where no later backward can ask for it.
+def keep(ctx: Any, grad: Tensor) -> Tensor | None:
+    """Saves ``grad``, which forward has made, for ``kept``.
 
-    What is given away belongs to the caller, who may write it: a retained graph gives a copy, also for grad_output 1.
+    Returns what forward has to return beside the loss: empty, but behind it stands the student, which is not kept.
     """
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(grad)
+        return None
+    place = grad.new_empty(0)
+    ctx.save_for_backward(grad, place)
+    ctx.packed = packs_what_is_saved()
+    return place
+
+
+def kept(ctx: Any, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient that ``keep`` has saved, times ``grad_output``.
+
+    It is given away where no later backward can ask for it, and then belongs to the caller, who may write it. A
+    retained graph gives a copy, also for grad_output 1, and so does what a hook has packed: it unpacks what is its own.
+    """
+    grad, *place = ctx.saved_tensors
     factor = grad_output.detach() if grad_output.requires_grad else grad_output
     if torch.compiler.is_compiling():
-        return (grad * factor).to(grad.dtype)
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grad = grad.clone()
-    return scale_(grad, factor)
+        grad = (grad * factor).to(grad.dtype)
+    else:
+        if ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph():
+            grad = grad.clone()
+        grad = scale_(grad, factor)
+    return differentiable_once(grad if dtype is None else grad.to(dtype), *place, grad_output)
+
+
+def packs_what_is_saved() -> bool:
+    """Whether a hook (``torch.autograd.graph.saved_tensors_hooks``) gets what a node saves now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
+    def forward(ctx: Any, held: tuple[Tensor], *behind: Tensor) -> Tensor:
+        return held[0]  # in a tuple it is no input, of which this would be a view that nobody can write
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
@@ -164,13 +190,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
-def differentiable_once(grad: Tensor) -> Tensor:
-    """``grad`` as backward returns it; under ``create_graph=True`` a backward from it raises instead of giving 0.
+def differentiable_once(grad: Tensor, *behind: Tensor) -> Tensor:
+    """``grad`` as backward returns it; under ``create_graph=True`` a derivative of it raises instead of being 0.
 
-    ``torch.autograd.function.once_differentiable`` raises only where grad_output requires a gradient, which the
-    grad_output of a scalar loss does not. Like there, the student itself is not behind what is returned: asked for its
-    gradient by name, ``torch.autograd.grad`` finds it unused.
+    ``behind``: what it depends on, or something with the same place in the graph. The derivative by any of that, or by
+    what is behind it, comes by the node that raises, also where PyTorch visits no more than the way to named inputs.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RefuseSecondDerivative.apply(grad.detach().requires_grad_())
+        return _RefuseSecondDerivative.apply((grad.detach(),), *behind)
     return grad

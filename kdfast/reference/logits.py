@@ -257,8 +257,7 @@ def reduce_rows(
     total = rows.sum()
     if reduction == "sum":
         return total
-    count = rows.numel() if mask is None else mask.sum()
-    per_row = total / max(count, 1) if isinstance(count, int) else total / count.clamp(min=1)
+    per_row = total / (max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1))
     return per_row / num_classes if reduction == "mean" else per_row
 
 

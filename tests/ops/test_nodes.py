@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import backends
@@ -108,24 +110,87 @@ def test_the_graph_is_freed_by_a_backward_and_kept_where_asked(written_in):
         loss.backward()
 
 
+class Results(TorchDispatchMode):
+    """Notes where kdfast's ops have left what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        results = function(*arguments, **(named or {}))
+        if function.namespace == "kdfast":
+            self.addresses += [result.data_ptr() for result in results]
+        return results
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_alone_is_kept_and_handed_over(written_in, name):
     arguments = arguments_of(name, torch.float32)
     (student,) = (value for key, value in arguments.items() if is_differentiable(key, value))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.data_ptr(), x.grad_fn)) or x, lambda x: x):
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        getattr(kdfast, name)(**arguments)
+    (gradient,) = (x for x in kept if x.numel() > 0)
+    assert gradient.data_ptr() != student.data_ptr() and gradient.grad_fn is None
+
+    with Results() as results:
         loss = getattr(kdfast, name)(**arguments)
     (grad,) = torch.autograd.grad(loss, student, torch.tensor(2.0))
     assert language(loss) == written_in
-    assert kept == [(grad.data_ptr(), None)]
+    assert grad.data_ptr() in results.addresses
 
 
-def test_a_second_derivative_is_refused(written_in):
+def test_what_a_hook_unpacks_is_not_written(written_in):
     student, teacher = logits()
-    (grad,) = torch.autograd.grad(kdfast.kl_divergence(student, teacher), student, create_graph=True)
-    assert grad.requires_grad
+    (expected,) = torch.autograd.grad(kdfast.kl_divergence(student, teacher), student)
+    store = expected.clone()
+    for loss_of in (kdfast.kl_divergence, partial(kdfast.kl_divergence, inplace_backward=True)):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: store if x.numel() > 0 else x):
+            one, other = loss_of(student * 1.0, teacher), loss_of(student * 1.0, teacher)
+            (grad,) = torch.autograd.grad(0.5 * one + 0.25 * other, student)
+        assert torch.equal(store, expected)
+        torch.testing.assert_close(grad, 0.75 * expected)
+
+
+def neighbours(features: Tensor, **options: Any) -> Tensor:
+    return kdfast.similarity_graph(features, k=2, **options).values
+
+
+DIFFERENTIABLE_ONCE = {
+    **{name: lambda name=name, **arguments: getattr(kdfast, name)(**arguments) for name in LOSSES},
+    "one value a row": lambda **arguments: kdfast.kl_divergence(**{**arguments, "reduction": "none"}),
+    "in place": lambda **arguments: kdfast.kl_divergence(**arguments, inplace_backward=True),
+    "similarity_graph": lambda student, teacher: neighbours(student),
+    "similarity_graph of keys": lambda student, teacher: neighbours(student, keys=student.detach() + 1),
+    "similarity_graph by keys": lambda student, teacher: neighbours(student.detach() + 1, keys=student),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE_ONCE)
+def test_a_second_derivative_is_refused(written_in, name):
+    sample = name if name in LOSSES else "similarity_preserving_loss" if "graph" in name else "kl_divergence"
+    arguments = arguments_of(sample, torch.float64)
+    ((key, base),) = ((key, value) for key, value in arguments.items() if is_differentiable(key, value))
+    factor = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    arguments[key] = base * factor
+    values = DIFFERENTIABLE_ONCE[name](**arguments)
+    grad_output = torch.ones_like(values, requires_grad=True)
+    (grad,) = torch.autograd.grad(values, base, grad_output, create_graph=True)
+    grad.mul_(2)  # is the caller's, and may be written
+    for behind in (factor, base, grad_output):
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(grad.sum(), behind, retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
-        grad.sum().backward()
+        (grad.sum() + values.sum()).backward()
+
+
+def test_functions_of_second_derivatives_do_not_take_0_for_one(written_in):
+    student, teacher = logits(torch.float64)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.functional.hessian(lambda x: kdfast.kl_divergence(x, teacher), student)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.functional.jvp(lambda x: kdfast.kl_divergence(x, teacher), student, teacher)
 
 
 def test_nothing_is_recorded_where_nobody_asks(written_in):
@@ -184,8 +249,9 @@ def test_transforms_and_forward_mode_are_refused(written_in):
     student, teacher = logits()
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: kdfast.kl_divergence(x, teacher))(student)
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-        kdfast.kl_divergence(forward_ad.make_dual(student, torch.ones_like(student)), teacher)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
+            kdfast.kl_divergence(forward_ad.make_dual(student, torch.ones_like(student)), teacher)
 
 
 WITHOUT_BINARY = f"""

@@ -139,7 +139,8 @@ class _Graph(torch.autograd.Function):
             ctx.metric,
             *needs,
         )
-        wanted = [differentiable_once(grad) if need else None for grad, need in zip(grads, needs, strict=True)]
+        behind = (features, grad_values) if keys is None else (features, keys, grad_values)
+        wanted = [differentiable_once(grad, *behind) if need else None for grad, need in zip(grads, needs, strict=True)]
         return *wanted, None, None, None, None, None
 
 

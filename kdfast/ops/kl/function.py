@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from kdfast import backends
-from kdfast.ops.autograd import REDUCTIONS, Call, RowLoss, apply, differentiable_once, loss_like
+from kdfast.ops.autograd import (
+    REDUCTIONS,
+    Call,
+    RowLoss,
+    apply,
+    differentiable_once,
+    loss_like,
+    packs_what_is_saved,
+)
 from kdfast.ops.library import LIBRARY, define
 from kdfast.ops.scale import scale_
 
@@ -101,6 +109,7 @@ class _KLInplace(torch.autograd.Function):
         ctx.save_for_backward(student)
         ctx.set_materialize_grads(False)
         ctx.spent = False
+        ctx.packed = not torch.compiler.is_compiling() and packs_what_is_saved()
         return loss, student if followed else None
 
     @staticmethod
@@ -118,10 +127,11 @@ class _KLInplace(torch.autograd.Function):
                 "a second backward needs inplace_backward=False"
             )
         ctx.spent = True
-        grad = ctx.saved_tensors[0].detach()
+        (student,) = ctx.saved_tensors
+        grad = student.detach().clone() if ctx.packed else student.detach()  # what a hook unpacks is its own
         factor = grad_output.detach()
         grad = grad.mul_(factor.unsqueeze(-1)) if factor.dim() > 0 else scale_(grad, factor)
-        return differentiable_once(grad), None
+        return differentiable_once(grad, student, grad_output), None
 
 
 def kl(
