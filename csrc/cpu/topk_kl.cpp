@@ -219,8 +219,40 @@ std::tuple<Tensor, Tensor> topk_kl(const Tensor& student, const Tensor& teacher_
   return {reduced(out, student), grad};
 }
 
+template <class Index>
+int64_t repeated(const Index* indices, const bool* listed, int64_t rows, int64_t k, int64_t classes) {
+  constexpr int64_t kBits = 64;
+  std::vector<uint64_t> seen((classes + kBits - 1) / kBits);  // a bit a class, of one row
+  for (int64_t begin = 0; begin < rows * k; begin += k) {
+    for (int64_t i = begin; i < begin + k; ++i) {
+      if (!listed[i]) continue;
+      const uint64_t bit = uint64_t{1} << indices[i] % kBits;
+      if (seen[indices[i] / kBits] & bit) return i;
+      seen[indices[i] / kBits] |= bit;
+    }
+    for (int64_t i = begin; i < begin + k; ++i)
+      if (listed[i]) seen[indices[i] / kBits] = 0;
+  }
+  return -1;
+}
+
+// The first of (rows, k) indices, all in [0, classes) where `listed` counts them, that its row has listed before; -1: none.
+int64_t repeated_index(const Tensor& indices, const Tensor& listed, int64_t classes) {
+  const Tensor flat = torch::stable::contiguous(indices), counted = torch::stable::contiguous(listed);
+  const int64_t k = flat.size(flat.dim() - 1), rows = k == 0 ? 0 : flat.numel() / k;
+  const bool* counts = static_cast<const bool*>(counted.data_ptr());
+  if (flat.scalar_type() == ScalarType::Long)
+    return repeated(static_cast<const int64_t*>(flat.data_ptr()), counts, rows, k, classes);
+  return repeated(static_cast<const int32_t*>(flat.data_ptr()), counts, rows, k, classes);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("topk_kl", TORCH_BOX(&topk_kl)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(kdfast, m) { m.def("repeated_index(Tensor indices, Tensor listed, int classes) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("topk_kl", TORCH_BOX(&topk_kl));
+  m.impl("repeated_index", TORCH_BOX(&repeated_index));
+}
 
 }  // namespace kdfast

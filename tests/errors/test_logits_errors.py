@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdfast import checks
 from kdfast.functional.logits import (
     dist_loss,
     dkd_loss,
@@ -244,6 +245,37 @@ def test_topk_padding_and_masked_rows_may_hold_anything(kind: str) -> None:
     values, classes = logits(ROWS, K), indices([0, -100, -100], [1, 1, 0], [9, 9, -7], [0, 1, 2])
     values[0, 1:], values[1, 0], values[2] = 7, -math.inf, 7
     topk_kl_divergence(logits(), values, classes, values=kind, mask=torch.tensor([True, True, False, True]))
+
+
+def first_repeated(indices: Tensor, listed: Tensor) -> int | None:
+    """The first class that stands in its row before, by a loop."""
+    for row, counts in zip(indices.tolist(), listed.tolist(), strict=True):
+        seen: set[int] = set()
+        for index, counted in zip(row, counts, strict=True):
+            if counted and index in seen:
+                return index
+            seen |= {index} if counted else set()
+    return None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("classes", [1, 64, 65, 300])
+def test_a_class_listed_twice_is_found(monkeypatch: pytest.MonkeyPatch, classes: int, dtype: torch.dtype) -> None:
+    cases = []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        k = int(torch.randint(1, min(classes, 9) + 1, (), generator=generator))
+        distinct = torch.rand(6, classes, generator=generator).argsort(dim=-1)[:, :k]
+        indices = torch.where(torch.rand(6, 1, generator=generator) < 0.2, distinct[:, :1], distinct).to(dtype)
+        listed = torch.rand(6, k, generator=generator) < 0.7
+        cases += [(x, listed, first_repeated(x, listed)) for x in (indices, indices.T.contiguous().T)]
+    outcomes = [expected is None for *_, expected in cases]
+    assert any(outcomes) and (classes == 1 or not all(outcomes))
+    for indices, listed, expected in cases:
+        assert checks._repeated_class(indices, listed, classes) == expected
+    monkeypatch.setattr(torch.ops, "kdfast", object())  # without the extension: any of them
+    for indices, listed, expected in cases:
+        assert (checks._repeated_class(indices, listed, classes) is None) == (expected is None)
 
 
 def test_log_probabilities_may_be_above_0_by_rounding() -> None:

@@ -119,7 +119,7 @@ class Results(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         results = function(*arguments, **(named or {}))
-        if function.namespace == "kdfast":
+        if function.namespace == "kdfast" and isinstance(results, tuple):
             self.addresses += [result.data_ptr() for result in results]
         return results
 
