@@ -275,10 +275,10 @@ class Stage(NamedTuple):
 
 SECONDS = 510  # of all stages together; what is left of 9 minutes looks for the device
 STAGES = {
-    "build": Stage(build, 80, 4),
-    "parity": Stage(parity, 170, 8),
+    "build": Stage(build, 100, 4),
+    "parity": Stage(parity, 190, 8),
     "sanitizer": Stage(sanitizer, 80, 16),
-    "benchmarks": Stage(benchmarks, 160, 32),
+    "benchmarks": Stage(benchmarks, 120, 32),
     "report": Stage(report, 20, 64),
 }
 

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kdfast
 import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]  # this tree's kdfast, also where it is not installed
 
+import kdfast  # noqa: E402
 from support import assert_within_rule  # noqa: E402  (the rule for errors is written once, beside the tests)
 
 Loss = Callable[..., Tensor]
@@ -405,8 +405,8 @@ def milliseconds(run: Callable[[], object]) -> float:
     return float(do_bench(run, warmup=4, rep=14, return_mode="median"))
 
 
-def main_of_kernels(script: str, description: str | None, measure: Callable[[], dict[str, Any]]) -> None:
-    """Command line of ``script``, which measures kernels alone on a GPU: saves what ``measure`` returns."""
+def main_of_kernels(script: str, description: str | None, measure: Callable[[], Iterator[dict[str, Any]]]) -> None:
+    """Command line of ``script``, which measures kernels alone on a GPU: saves all that ``measure`` has each time."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -414,8 +414,9 @@ def main_of_kernels(script: str, description: str | None, measure: Callable[[], 
         raise SystemExit("there is no CUDA device")
     result = environment(torch.device("cuda"))
     path = options.output or RESULTS / f"{machine(result)}-{Path(script).stem.replace('_', '-')}.json"
-    save({"environment": result, **measure()}, path)
-    print(f"Written: {path}")
+    for found in measure():
+        save({"environment": result, **found}, path)
+        print(f"Written: {path}", flush=True)
 
 
 def save(result: dict[str, Any], path: Path) -> None:

@@ -132,4 +132,4 @@ def by_backend() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    harness.main_of_kernels(__file__, __doc__, lambda: {"backends": by_backend(), "tiles": tiled(jobs())})
+    harness.main_of_kernels(__file__, __doc__, lambda: iter([{"backends": by_backend(), "tiles": tiled(jobs())}]))

@@ -79,9 +79,15 @@ def attention_transfer_loss(
     """
     checks.check_maps(student_maps, teacher_maps)
     checks.check_positive("p", p)
-    if not backends.has_kernel("features", student_maps):
+    if not backends.has_kernel("features", student_maps, limit=_beyond_attention_kernels(student_maps, teacher_maps)):
         return reference.attention_transfer_loss(student_maps, teacher_maps, p, normalize=normalize)
     return features.attention(student_maps, teacher_maps, p, normalize)
+
+
+def _beyond_attention_kernels(*maps: Tensor) -> str:
+    most, pixels = features.MAX_PIXELS, max(x.shape[2] * x.shape[3] for x in maps)
+    too_many = pixels > most and not maps[0].is_cpu
+    return f"its attention kernels take maps of up to {most} pixels on a GPU, these have {pixels}" if too_many else ""
 
 
 def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:

@@ -101,7 +101,7 @@ class RowLoss(torch.autograd.Function):
         return loss, None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
         if ctx.recompute is None:
             return kept(ctx, grad_output), None
         op, options = ctx.recompute
@@ -138,7 +138,7 @@ class ScalarLoss(torch.autograd.Function):
         return loss, keep(ctx, grad) if needs_grad else None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
         return kept(ctx, grad_output, ctx.dtype), None
 
 
@@ -152,16 +152,19 @@ def keep(ctx: Any, grad: Tensor) -> Tensor | None:
         return None
     place = grad.new_empty(0)
     ctx.save_for_backward(grad, place)
+    ctx.set_materialize_grads(False)  # zeros for ``place`` would be one more kernel
     ctx.packed = packs_what_is_saved()
     return place
 
 
-def kept(ctx: Any, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def kept(ctx: Any, grad_output: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """The gradient that ``keep`` has saved, times ``grad_output``.
 
     It is given away where no later backward can ask for it, and then belongs to the caller, who may write it. A
     retained graph gives a copy, also for grad_output 1, and so does what a hook has packed: it unpacks what is its own.
     """
+    if grad_output is None:
+        return None
     grad, *place = ctx.saved_tensors
     factor = grad_output.detach() if grad_output.requires_grad else grad_output
     if torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ import torch
 from cuda_support import assert_same_bits, step
 
 from kdfast import backends
+from kdfast.reference import relations
 from samples import NAMES, SAMPLES
 from support import DTYPES, LAYOUTS, assert_parity, cast, sample_inputs
 
@@ -42,3 +43,14 @@ def test_every_configuration_keeps_the_rule_and_gives_the_same_bits_twice(call, 
         assert_parity(call.function, inputs, options, dtype, device="cuda")
         run = step(call.function, cast({**inputs, **options}, dtype, device="cuda"))
         assert_same_bits(run(), run(), str(call))
+
+
+@pytest.mark.parametrize("dtype", configurations.DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}], ids=str)
+@pytest.mark.parametrize("name", ["rkd_loss", "rkd_angle_loss"])
+def test_angles_at_some_rows(monkeypatch, name, options, dtype):
+    """Both sides would draw their own."""
+    inputs, _ = configurations.Call(name, (150,), 40, {}).arguments()
+    apexes = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:60]
+    monkeypatch.setattr(relations, "sampled_apexes", lambda x, *_: apexes.to(x.device))
+    assert_parity(name, inputs, {**options, "triplets": 60}, dtype, device="cuda")

@@ -150,6 +150,7 @@ def test_other_types_are_refused():
 def test_the_benchmark_of_the_steps_runs_each_of_them(monkeypatch):
     import graph_kernels
 
+    assert graph_kernels.agreement(normal(20, 24, dtype=torch.bfloat16), 4) == 1
     ran = []
     monkeypatch.setattr(graph_kernels, "milliseconds", lambda run: ran.append(run()) or 1.0)
     with np.errstate(all="ignore"):

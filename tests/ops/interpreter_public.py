@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from as_on_a_gpu import asked
 from kernels import OPS
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 import kdfast
 from kdfast.ops.scale import function as scale
 from samples import NAMES, SAMPLES
-from support import LAYOUTS, assert_parity, cast, first_output, sample_inputs
+from support import LAYOUTS, assert_parity, cast, first_output, is_differentiable, sample_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = 24  # enough draws of the options to reach every compile-time combination the functions can ask for
@@ -48,3 +52,51 @@ def test_autocast_does_not_reach_into_the_launchers(name):
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(first_output(getattr(kdfast, name)(**arguments)), expected)
     asked.update(before)
+
+
+UNWRITTEN = 0xA5  # a byte; what consists of it, as float32 or bfloat16, is a number that no input is
+
+
+def unwritten(data: np.ndarray) -> np.ndarray:
+    """Which elements are, or of two floats in one have, what nobody has written."""
+    size = data.dtype.itemsize
+    parts = np.ascontiguousarray(data).reshape(-1).view(np.uint8).reshape(*data.shape, -1, min(size, 4))
+    return (parts == UNWRITTEN).all(axis=-1).any(axis=-1)
+
+
+@pytest.fixture
+def fresh_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels load only what was written, also where they drop what they load: compute-sanitizer's initcheck."""
+
+    def filled(make: Any) -> Any:
+        def made(*arguments: Any, **options: Any) -> Tensor:
+            tensor = make(*arguments, **options)
+            tensor.untyped_storage().fill_(UNWRITTEN)
+            return tensor
+
+        return made
+
+    load = InterpreterBuilder.create_masked_load
+
+    def watched(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        loaded = load(self, pointers, mask, *others)
+        if (unwritten(loaded.data) & mask.data).any():
+            raise AssertionError("a kernel has read what nobody has written")
+        return loaded
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_read_only_what_was_written(fresh_memory_is_not_read, name, dtype):
+    sample = SAMPLES[name]
+    for seed in range(4):
+        inputs, options = sample_inputs(name, seed, sample.leading[seed % len(sample.leading)], min(sample.widths))
+        arguments = cast({**inputs, **options}, dtype)
+        value = first_output(getattr(kdfast, name)(**arguments))
+        leaves = [argument for key, argument in arguments.items() if is_differentiable(key, argument)]
+        torch.autograd.grad(value, leaves, torch.full_like(value, 2.0))

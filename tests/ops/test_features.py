@@ -10,6 +10,8 @@ from torch import Tensor
 
 import kdfast
 from kdfast import backends
+from kdfast.functional.features import _beyond_attention_kernels
+from kdfast.ops.features import MAX_PIXELS
 from support import DTYPES, LAYOUTS, assert_parity
 
 pytestmark = pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
@@ -175,3 +177,10 @@ def test_threads_change_no_bit():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_maps_beyond_the_grid_of_a_gpu_take_the_reference_there():
+    for pixels, limited in ((MAX_PIXELS, False), (MAX_PIXELS + 1, True)):
+        for device, here in (("meta", limited), ("cpu", False)):
+            maps = [torch.empty(1, device=device).expand(1, 1, 1, size) for size in (4, pixels)]
+            assert bool(_beyond_attention_kernels(*maps)) == here

@@ -193,6 +193,25 @@ def test_functions_of_second_derivatives_do_not_take_0_for_one(written_in):
         torch.autograd.functional.jvp(lambda x: kdfast.kl_divergence(x, teacher), student, teacher)
 
 
+class Swallow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "loss_of", [kdfast.kl_divergence, kdfast.pkt_loss, partial(kdfast.kl_divergence, reduction="none")]
+)
+def test_a_gradient_that_does_not_come_is_0(written_in, loss_of):
+    student, teacher = logits()
+    Swallow.apply(loss_of(student, teacher)).sum().backward()
+    assert student.grad is None or (student.grad == 0).all()
+
+
 def test_nothing_is_recorded_where_nobody_asks(written_in):
     student, teacher = logits()
     for context in (torch.no_grad, torch.inference_mode):

@@ -14,6 +14,8 @@ from torch import Tensor
 from kdfast.ops.autograd import ScalarLoss, apply, scalar_loss_like
 from kdfast.ops.library import LIBRARY, define
 
+MAX_PIXELS = 65535 * 128  # of a map on a GPU: its blocks of pixels are a grid's second or third axis
+
 define(
     "attention(Tensor student_maps, Tensor teacher_maps, float p, bool normalize, bool needs_grad) -> (Tensor, Tensor)"
 )

@@ -452,8 +452,9 @@ def _pair_kernel(
         if grad_ptr is not None:
             factor = _of_a_triplet(angle_weight, rows, n_apexes, MEAN).to(tl.float32)
             grad = w * (-2.0 * factor) * tl.sum(sum_g, axis=3)
-            grad += tl.load(from_apex_ptr + at)
-            grad += tl.load(from_apex_ptr + mirrored)
+            made = (i < n)[:, None, :] & (k < n)[None, :, :]
+            grad += tl.load(from_apex_ptr + at, mask=made, other=0.0)
+            grad += tl.load(from_apex_ptr + mirrored, mask=made, other=0.0)
     if grad_ptr is not None:
         if DISTANCE:
             inverse_s = tl.load(inverse_ptr)
@@ -619,11 +620,10 @@ def rkd(
 
 
 def _transposed(x: Tensor, pitch: int) -> Tensor:
-    """(D, N) float64, which no kernel then converts anew in each of its threads; D filled up with zeros."""
+    """(D, N) float64, which no kernel then converts anew in each of its threads; both filled up with zeros."""
     n, d = x.shape
-    full = torch.empty(cdiv(d, FEATURES) * FEATURES, pitch, dtype=torch.float64, device=x.device)
+    full = torch.zeros(cdiv(d, FEATURES) * FEATURES, pitch, dtype=torch.float64, device=x.device)
     full[:d, :n] = x.t()
-    full[d:] = 0.0
     return full
 
 
