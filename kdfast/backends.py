@@ -39,7 +39,14 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 # op -> the public functions that run it; all others run the reference alone.
 FUNCTIONS: dict[str, tuple[str, ...]] = {
-    "kl": ("kl_divergence", "js_divergence", "kd_loss", "dkd_loss", "standardized_kl_divergence"),
+    "kl": (
+        "kl_divergence",
+        "js_divergence",
+        "kd_loss",
+        "dkd_loss",
+        "standardized_kl_divergence",
+        "linear_kl_divergence",
+    ),
     "topk_kl": ("topk_kl_divergence",),
     "relation": ("crd_loss", "pkt_loss", "similarity_preserving_loss", "kernel_alignment_loss"),
     "features": ("feature_mse_loss", "attention_transfer_loss"),

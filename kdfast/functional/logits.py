@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import backends, checks
@@ -147,8 +149,8 @@ def js_divergence(
         return reference.js_divergence(
             student_logits, teacher_logits, beta, temperature, reduction=reduction, mask=mask, row_weight=row_weight
         )
-    kind = "forward" if beta == 0 else "reverse" if beta == 1 else "js"
-    options = kl.Options(temperature, kl.KINDS[kind], scale=1.0, beta=beta, reduction=kl.REDUCTIONS[reduction])
+    kind = kl.KINDS[_kind_of_js(beta)]
+    options = kl.Options(temperature, kind, scale=1.0, beta=beta, reduction=kl.REDUCTIONS[reduction])
     return kl.kl(
         student_logits, teacher_logits, options, mask=mask, row_weight=row_weight, inplace_backward=inplace_backward
     )
@@ -500,8 +502,8 @@ def linear_kl_divergence(
 ) -> Tensor:
     r"""Divergence of the logits that two last layers would form, without asking the caller to form them.
 
-    **There is no kernel yet**: this is the plain reference, which forms all logits and takes more time and memory than
-    :func:`torch.nn.functional.linear` twice and :func:`kl_divergence`.
+    **All logits are formed**, by PyTorch's products, and go to the kernel of :func:`kl_divergence`: this saves the
+    caller two lines, not memory.
 
     With :math:`z = h W^\top + b` for student and teacher, D one of :func:`kl_divergence` (with its T^2, forward or
     reverse) and :func:`js_divergence` (without), a row gives D(z^s, z^t); with ``labels`` it gives
@@ -562,21 +564,48 @@ def linear_kl_divergence(
     else:
         checks.check_alpha_without_labels(alpha)
     checks.check_row_options(mask, row_weight, student_hidden)
-    return reference.linear_kl_divergence(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        labels=labels,
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        mask=mask,
-        row_weight=row_weight,
-    )
+    if not backends.has_kernel("kl", student_hidden):
+        return reference.linear_kl_divergence(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            labels=labels,
+            alpha=alpha,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            mask=mask,
+            row_weight=row_weight,
+        )
+    if labels is not None:
+        mask = labels != ignore_index if mask is None else mask & (labels != ignore_index)
+    if mask is not None:  # the product in backward would carry 0 * NaN into the weight's gradient
+        student_hidden = student_hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+    student_logits = F.linear(student_hidden, student_weight, student_bias)
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    kind = divergence if divergence != "js" else _kind_of_js(beta)
+    scale = alpha if divergence == "js" else alpha * temperature**2
+    options = kl.Options(temperature, kl.KINDS[kind], scale, beta=beta, reduction=kl.REDUCTIONS[reduction])
+    if labels is None or alpha == 1:
+        return kl.kl(student_logits, teacher_logits, options, mask=mask, row_weight=row_weight)
+    both = options._replace(ce_weight=1 - alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    if kind == "forward" and alpha > 0:  # the only kind that takes both on one read
+        return kl.kl(student_logits, teacher_logits, both, labels=labels, mask=mask, row_weight=row_weight)
+    # The student for a teacher: what the teacher holds, NaN included, must not count.
+    alone = both._replace(kind=kl.KINDS["forward"], scale=0.0)
+    cross_entropy = kl.kl(student_logits, student_logits, alone, labels=labels, mask=mask, row_weight=row_weight)
+    if alpha == 0:
+        return cross_entropy
+    return kl.kl(student_logits, teacher_logits, options, mask=mask, row_weight=row_weight) + cross_entropy
+
+
+def _kind_of_js(beta: float) -> str:
+    """At its ends the mixture is one of both sides."""
+    return "forward" if beta == 0 else "reverse" if beta == 1 else "js"

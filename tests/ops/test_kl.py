@@ -620,3 +620,38 @@ def test_compiles_without_a_graph_break(dtype, reduction):
         function(student, inputs["teacher_logits"]).backward()
         grads.append(student.grad)
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    "divergence, beta", [("forward", 0.5), ("reverse", 0.5), ("js", 0.0), ("js", 0.3), ("js", 1.0)]
+)
+def test_two_last_layers(divergence, beta, alpha, dtype):
+    """Every way to put the divergence and the cross-entropy together, with and without rows that do not count."""
+    generator = torch.Generator().manual_seed(0)
+    rows, classes = (3, 4), 9
+    shapes = {"student": 5, "teacher": 6}
+    inputs = {f"{side}_hidden": torch.randn(*rows, width, generator=generator) for side, width in shapes.items()}
+    inputs |= {f"{side}_weight": torch.randn(classes, width, generator=generator) for side, width in shapes.items()}
+    inputs |= {f"{side}_bias": torch.randn(classes, generator=generator) for side in shapes}
+    options = {"divergence": divergence, "beta": beta, "temperature": 2.0}
+    if alpha is not None:
+        labels = torch.randint(classes, rows, generator=generator)
+        labels[0, 1] = -1
+        options |= {"labels": labels, "alpha": alpha, "ignore_index": -1}
+    for smoothing, reduction in ((0.0, "batchmean"), (0.1, "none"), (0.1, "sum")):
+        for some in ({}, {"mask": torch.rand(rows, generator=generator) < 0.7, "row_weight": torch.rand(rows)}):
+            chosen = {**options, **some, "label_smoothing": smoothing, "reduction": reduction}
+            assert_parity("linear_kl_divergence", {k: v.double() for k, v in inputs.items()}, chosen, dtype)
+
+
+def test_a_teacher_of_no_weight_is_not_looked_at():
+    student, weight, nan = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3), torch.full((2, 3), math.nan)
+    labels = torch.tensor([0, 4])
+    for divergence in ("forward", "reverse", "js"):
+        loss = kdfast.linear_kl_divergence(
+            student, weight, nan, weight, labels=labels, alpha=0.0, divergence=divergence
+        )
+        (grad,) = torch.autograd.grad(loss, student)
+        assert loss.isfinite() and grad.isfinite().all()
