@@ -538,8 +538,7 @@ def check_k(k: int, upper: int, upper_name: str) -> None:
 def _check_dtype_outside_autocast(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Both tensors have one dtype, to which autocast would bring them itself."""
     kind = other.device.type
-    # PyTorch raises where it is asked about a device that has no autocast, as 'meta'.
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    enabled = kind != "meta" and torch.is_autocast_enabled(kind)  # about which PyTorch raises where it is asked
     if tensor.dtype != other.dtype and not enabled:
         raise TypeError(f"{name} and {other_name} must have the same dtype, got {tensor.dtype} and {other.dtype}")
 

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
+from kdfast import backends
 from samples import NAMES, SAMPLES
 from support import HALF, cast, first_output, is_differentiable, sample_inputs
 
@@ -256,6 +257,22 @@ def test_traces_without_a_graph_break(name):
         results.append([value, *(v.grad for k, v in arguments.items() if is_differentiable(k, v))])
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.skipif(backends.extension_problem() is not None, reason="the extension is not built")
+@pytest.mark.parametrize("name", [name for names in backends.FUNCTIONS.values() for name in names])
+def test_a_compiled_function_runs_the_kernel(name):
+    called: set[str] = set()
+
+    def note(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs = [part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+        called.update(str(node.target) for graph in graphs for node in graph.nodes)
+        return module.forward
+
+    inputs, options = sample_inputs(name, 0, SAMPLES[name].leading[0], max(SAMPLES[name].widths))
+    torch._dynamo.reset()
+    torch.compile(getattr(kdfast, name), backend=note)(**cast({**inputs, **options}, torch.float32))
+    assert any(target.startswith("kdfast.") for target in called), called
 
 
 class Scaled(torch.nn.Module):
