@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 LARGEST_FLOAT = sys.float_info.max
+LARGEST_LOGPROB = 0.5  # log-probabilities that were rounded to bfloat16 can be above 0, but not by this much
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
@@ -287,9 +288,6 @@ def check_count(name: str, value: int, lower: int) -> None:
     check_int(name, value)
     if value < lower:
         raise ValueError(f"{name} must be at least {lower}, got {value}")
-
-
-LARGEST_LOGPROB = 0.5  # log-probabilities that were rounded to bfloat16 can be above 0, but not by this much
 
 
 def check_sparse_teacher(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import backends, checks
@@ -585,11 +584,9 @@ def linear_kl_divergence(
         )
     if labels is not None:
         mask = labels != ignore_index if mask is None else mask & (labels != ignore_index)
-    if mask is not None:  # the product in backward would carry 0 * NaN into the weight's gradient
-        student_hidden = student_hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-    student_logits = F.linear(student_hidden, student_weight, student_bias)
+    student_logits = reference.last_layer(student_hidden, student_weight, student_bias, mask)
     with torch.no_grad():
-        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+        teacher_logits = reference.last_layer(teacher_hidden, teacher_weight, teacher_bias)
     kind = divergence if divergence != "js" else _kind_of_js(beta)
     scale = alpha if divergence == "js" else alpha * temperature**2
     options = kl.Options(temperature, kl.KINDS[kind], scale, beta=beta, reduction=kl.REDUCTIONS[reduction])

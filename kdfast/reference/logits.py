@@ -212,12 +212,9 @@ def linear_kl_divergence(
     """
     if labels is not None:
         mask = labels != ignore_index if mask is None else mask & (labels != ignore_index)
-    if mask is not None:
-        # Here and not only in the logits: the backward product would carry 0 * NaN into the weight's gradient.
-        student_hidden = student_hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-    student_logits = F.linear(student_hidden, student_weight, student_bias)
+    student_logits = last_layer(student_hidden, student_weight, student_bias, mask)
     with torch.no_grad():
-        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+        teacher_logits = last_layer(teacher_hidden, teacher_weight, teacher_bias)
     if divergence == "js":
         rows = js_divergence(student_logits, teacher_logits, beta, temperature, reduction="none", mask=mask)
     else:
@@ -227,6 +224,14 @@ def linear_kl_divergence(
     if labels is not None:
         rows = mix_cross_entropy(rows, student_logits, labels, alpha, label_smoothing, mask)
     return reduce_rows(rows, reduction, mask, row_weight)
+
+
+def last_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """Logits of hidden states; what a row holds that ``mask`` drops (NaN, inf) reaches neither weight nor bias."""
+    if mask is not None:
+        # Here and not only in the logits: the backward product would carry 0 * NaN into the weight's gradient.
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return F.linear(hidden, weight, bias)
 
 
 def widen(logits: Tensor, mask: Tensor | None = None) -> Tensor:
